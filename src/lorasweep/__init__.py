@@ -1,0 +1,1 @@
+"""Hyperparameter sweeps and honest comparisons for text classifiers fine-tuned with LoRA."""

@@ -1,0 +1,1 @@
+"""References to beat, each of which learns from the training split at most."""

@@ -1,0 +1,1 @@
+"""Records, protocols and errors that every other room shares; standard library only."""

@@ -1,0 +1,82 @@
+"""Where a sweep writes: one place that knows the layout of ``mlruns/``.
+
+::
+
+    mlruns/
+      mlflow.db                       runs, params, metrics (tracking.uri: sqlite)
+      artifacts/                      what MLflow keeps of each run
+      optuna.db                       the studies
+      sweeps/<name>/
+        spec.yaml                     the resolved spec
+        lock                          held while a sweep runs
+        trials/0005/                  adapter/ of the best epoch, and what the engine leaves
+        test/                         predictions of the finalists; the ledger of openings
+        report/                       fine_tuning_results.json, figures, index.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPaths:
+    """The folders and files of one sweep.
+
+    Attributes:
+        root: The ``mlruns`` folder, absolute.
+        name: The sweep's name; already known to be a plain folder name.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def mlflow_database(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def optuna_database(self) -> Path:
+        return self.root / "optuna.db"
+
+    @property
+    def sweep(self) -> Path:
+        return self.root / "sweeps" / self.name
+
+    @property
+    def spec(self) -> Path:
+        return self.sweep / "spec.yaml"
+
+    @property
+    def lock(self) -> Path:
+        return self.sweep / "lock"
+
+    @property
+    def test(self) -> Path:
+        return self.sweep / "test"
+
+    @property
+    def report(self) -> Path:
+        return self.sweep / "report"
+
+    def trial(self, number: int) -> Path:
+        """The folder of trial ``number``; the number is also its run's name in MLflow."""
+        return self.sweep / "trials" / run_name(number)
+
+    def adapter(self, number: int) -> Path:
+        """Where the adapter of the trial's best epoch lies, in PEFT's own format."""
+        return self.trial(number) / "adapter"
+
+
+def run_name(number: int) -> str:
+    """A trial's name in MLflow and on disk: four digits or more, so that names sort as numbers do.
+
+    >>> run_name(5)
+    '0005'
+    """
+    return f"{number:04d}"

@@ -1,0 +1,1 @@
+"""The winner put to work: exported as a folder, and predicting."""

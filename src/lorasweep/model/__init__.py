@@ -1,0 +1,1 @@
+"""The frozen base, its adapter, its checkpoint and its logits."""

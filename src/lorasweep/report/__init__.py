@@ -1,0 +1,1 @@
+"""From a finished sweep to documents that people and programs read."""

@@ -1,0 +1,1 @@
+"""The YAML file: its schema, its loader and its resolution into plans."""

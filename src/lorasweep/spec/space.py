@@ -1,0 +1,172 @@
+"""The search space: one small model per kind of range, and the table of what may be searched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Scalar = bool | int | float | str | None
+
+
+def _tuples(value: Any) -> Any:
+    """Turn YAML's lists into tuples, at any depth: a frozen spec holds nothing that can change."""
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+class Frozen(BaseModel):
+    """Base of all spec models: frozen, unknown keys refused, "3" is not 3."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _freeze_lists(cls, value: Any) -> Any:
+        return _tuples(value)
+
+
+class FloatRange(Frozen):
+    """A real number between ``low`` and ``high``, both included.
+
+    Attributes:
+        low, high: The bounds, ``low < high``.
+        log: Sample the logarithm evenly; needs ``low > 0``.
+        step: Distance between values; None for any value. Excludes ``log``.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FloatRange:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low {self.low:g} and high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range must start above 0, got low {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        return self
+
+
+class IntRange(Frozen):
+    """A whole number between ``low`` and ``high``, both included.
+
+    Attributes:
+        low, high: The bounds, ``low < high``.
+        log: Sample the logarithm evenly; needs ``low ≥ 1``.
+        step: Distance between values. Other than 1, it excludes ``log``.
+    """
+
+    low: int
+    high: int
+    log: bool = False
+    step: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IntRange:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low {self.low} and high {self.high}")
+        if self.log and self.low < 1:
+            raise ValueError(f"a logarithmic range must start at 1 or above, got low {self.low}")
+        if self.log and self.step != 1:
+            raise ValueError("log and step exclude each other")
+        return self
+
+
+class Choices(Frozen):
+    """One of the values listed.
+
+    Attributes:
+        choices: One or more distinct values; a list (of target names) counts as one value.
+    """
+
+    choices: tuple[Scalar | tuple[str, ...], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Choices:
+        if len(set(map(repr, self.choices))) != len(self.choices):
+            raise ValueError("the same value is listed twice")
+        return self
+
+
+class TimesRank(Frozen):
+    """Alpha as a multiple of the sampled rank, so that the scaling ``alpha / rank`` is searched.
+
+    Attributes:
+        times_rank: One or more distinct factors above 0.
+    """
+
+    times_rank: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TimesRank:
+        if len(set(self.times_rank)) != len(self.times_rank):
+            raise ValueError("the same factor is listed twice")
+        return self
+
+
+def _shape(value: Any) -> str:
+    """Tell which kind of range a YAML value means, by its keys."""
+    keys = set(value) if isinstance(value, Mapping) else set(type(value).model_fields)
+    if "choices" in keys:
+        return "choices"
+    return "times_rank" if "times_rank" in keys else "range"
+
+
+FloatDimension = Annotated[
+    Annotated[FloatRange, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_shape)
+]
+IntDimension = Annotated[
+    Annotated[IntRange, Tag("range")] | Annotated[Choices, Tag("choices")], Discriminator(_shape)
+]
+AlphaDimension = Annotated[
+    Annotated[FloatRange, Tag("range")]
+    | Annotated[Choices, Tag("choices")]
+    | Annotated[TimesRank, Tag("times_rank")],
+    Discriminator(_shape),
+]
+Dimension = FloatRange | IntRange | Choices | TimesRank
+
+# What may be searched: key -> (kind, lowest value, is the lowest allowed, highest, is it allowed).
+# Points, choices and ranges are all held to the same limits by spec/schema.py.
+Kind = Literal["float", "int", "targets", "layers"]
+LIMITS: Mapping[str, tuple[Kind, float, bool, float, bool]] = {
+    "learning_rate": ("float", 0.0, False, 1.0, True),
+    "epochs": ("int", 1, True, 10_000, True),
+    "rank": ("int", 1, True, 4096, True),
+    "alpha": ("float", 0.0, False, 1e6, True),
+    "batch_size": ("int", 1, True, 65_536, True),
+    "dropout": ("float", 0.0, True, 1.0, False),
+    "weight_decay": ("float", 0.0, True, 1e3, True),
+    "warmup": ("float", 0.0, True, 1.0, False),
+    "targets": ("targets", 0, True, 0, True),
+    "top_layers": ("layers", 1, True, 10_000, True),
+}
+
+
+class Space(Frozen):
+    """What is searched; a key left out keeps its fixed value from ``training`` or ``lora``."""
+
+    learning_rate: FloatDimension | None = None
+    epochs: IntDimension | None = None
+    rank: IntDimension | None = None
+    alpha: AlphaDimension | None = None
+    batch_size: IntDimension | None = None
+    dropout: FloatDimension | None = None
+    weight_decay: FloatDimension | None = None
+    warmup: FloatDimension | None = None
+    targets: Choices | None = None
+    top_layers: IntDimension | None = None
+
+    @property
+    def dimensions(self) -> dict[str, Dimension]:
+        """The searched keys, in the schema's order."""
+        found = {key: getattr(self, key) for key in type(self).model_fields}
+        return {key: dimension for key, dimension in found.items() if dimension is not None}

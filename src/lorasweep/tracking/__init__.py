@@ -1,0 +1,1 @@
+"""Runs, metrics, models and environments. The only importer of MLflow."""
