@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from lorasweep.core.records import Precision, Scheduler
-from lorasweep.spec.space import LIMITS, Frozen, Scalar, Space
+from lorasweep.spec.space import FloatRange, Frozen, Scalar, Space, check_value
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -189,9 +189,6 @@ class TrainingSpec(Frozen):
     log_every: int = Field(default=10, ge=1)
 
 
-SPACE_SAMPLERS = ("tpe", "random", "grid", "qmc", "gp", "cmaes")
-
-
 class SamplerSpec(Frozen):
     """How the next point is chosen.
 
@@ -266,6 +263,16 @@ class SearchSpec(Frozen):
             raise ValueError(
                 f"the sampler {self.sampler.kind} needs a space with at least one parameter"
             )
+        if self.sampler.kind == "grid":
+            endless = [
+                key
+                for key, dimension in self.space.dimensions.items()
+                if isinstance(dimension, FloatRange) and dimension.step is None
+            ]
+            if endless:
+                raise ValueError(
+                    f"a grid needs choices, or a range with a step, for {', '.join(endless)}"
+                )
         return self
 
 
@@ -324,28 +331,3 @@ class Spec(Frozen):
         if len(set(names)) != len(names):
             raise ValueError("a baseline is listed twice")
         return names
-
-
-def check_value(key: str, value: Any) -> str:
-    """Say what is wrong with one value of one searchable key, or return an empty string."""
-    if key not in LIMITS:
-        return f"unknown parameter; known are {', '.join(LIMITS)}"
-    kind, low, low_allowed, high, high_allowed = LIMITS[key]
-    if kind == "targets":
-        listed = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-        good = value in ("auto", "all-linear") or (listed and value)
-        return "" if good else f"must be auto, all-linear or a list of module names, got {value!r}"
-    if kind == "layers" and value is None:
-        return ""
-    whole = kind in ("int", "layers")
-    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    inside = number and (
-        (value > low or (low_allowed and value == low))
-        and (value < high or (high_allowed and value == high))
-    )
-    if inside:
-        return ""
-    word = "a whole number" if whole else "a number"
-    lower = f"{'≥' if low_allowed else '>'} {low:g}"
-    upper = f" and {'≤' if high_allowed else '<'} {high:g}" if high <= 1 else ""
-    return f"must be {word} {lower}{upper}, got {value!r}"

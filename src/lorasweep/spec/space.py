@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Scalar = bool | int | float | str | None
 
@@ -22,7 +31,7 @@ def _tuples(value: Any) -> Any:
 class Frozen(BaseModel):
     """Base of all spec models: frozen, unknown keys refused, "3" is not 3."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -114,7 +123,10 @@ class TimesRank(Frozen):
 
 def _shape(value: Any) -> str:
     """Tell which kind of range a YAML value means, by its keys."""
-    keys = set(value) if isinstance(value, Mapping) else set(type(value).model_fields)
+    if isinstance(value, BaseModel):
+        keys = set(type(value).model_fields)
+    else:  # neither: a bare value, which any branch refuses in the same words
+        keys = set(value) if isinstance(value, Mapping) else set()
     if "choices" in keys:
         return "choices"
     return "times_rank" if "times_rank" in keys else "range"
@@ -135,7 +147,7 @@ AlphaDimension = Annotated[
 Dimension = FloatRange | IntRange | Choices | TimesRank
 
 # What may be searched: key -> (kind, lowest value, is the lowest allowed, highest, is it allowed).
-# Points, choices and ranges are all held to the same limits by spec/schema.py.
+# Points, choices and ranges are all held to the same limits.
 Kind = Literal["float", "int", "targets", "layers"]
 LIMITS: Mapping[str, tuple[Kind, float, bool, float, bool]] = {
     "learning_rate": ("float", 0.0, False, 1.0, True),
@@ -151,6 +163,31 @@ LIMITS: Mapping[str, tuple[Kind, float, bool, float, bool]] = {
 }
 
 
+def check_value(key: str, value: Any) -> str:
+    """Say what is wrong with one value of one searchable key, or return an empty string."""
+    if key not in LIMITS:
+        return f"unknown parameter; known are {', '.join(LIMITS)}"
+    kind, low, low_allowed, high, high_allowed = LIMITS[key]
+    if kind == "targets":
+        listed = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+        good = value in ("auto", "all-linear") or (listed and value)
+        return "" if good else f"must be auto, all-linear or a list of module names, got {value!r}"
+    if kind == "layers" and value is None:
+        return ""
+    whole = kind in ("int", "layers")
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    inside = number and (
+        (value > low or (low_allowed and value == low))
+        and (value < high or (high_allowed and value == high))
+    )
+    if inside:
+        return ""
+    word = "a whole number" if whole else "a number"
+    lower = f"{'≥' if low_allowed else '>'} {low:g}"
+    upper = f" and {'≤' if high_allowed else '<'} {high:g}" if high <= 1 else ""
+    return f"must be {word} {lower}{upper}, got {value!r}"
+
+
 class Space(Frozen):
     """What is searched; a key left out keeps its fixed value from ``training`` or ``lora``."""
 
@@ -164,6 +201,19 @@ class Space(Frozen):
     warmup: FloatDimension | None = None
     targets: Choices | None = None
     top_layers: IntDimension | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, dimension: Dimension | None, info: ValidationInfo) -> Any:
+        values: tuple[Any, ...] = ()
+        if isinstance(dimension, Choices):
+            values = dimension.choices
+        elif isinstance(dimension, FloatRange | IntRange):
+            values = (dimension.low, dimension.high)
+        problems = [check_value(str(info.field_name), value) for value in values]
+        if any(problems):
+            raise ValueError("; ".join(filter(None, problems)))
+        return dimension
 
     @property
     def dimensions(self) -> dict[str, Dimension]:

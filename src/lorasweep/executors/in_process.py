@@ -1,0 +1,123 @@
+"""Runs a sweep in this process: one command at a time per sweep, and a kill ends it cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from filelock import FileLock, Timeout
+
+from lorasweep.core.errors import ConflictError, Problem
+from lorasweep.core.paths import SweepPaths
+from lorasweep.core.protocols import Engine
+from lorasweep.core.records import FinishedSweep
+from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.search.study import Study
+from lorasweep.spec.resolve import engine_settings
+from lorasweep.spec.schema import Spec
+from lorasweep.sweep.conclude import conclude
+from lorasweep.sweep.events import Listener, nobody
+from lorasweep.sweep.prepare import Prepared, check_storage, prepare, sweep_paths
+from lorasweep.sweep.worker import SweepResult, Worker
+from lorasweep.tracking.mlflow_tracker import MlflowTracker
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSweep:
+    """A sweep with its data, study and store at hand, held by this process."""
+
+    prepared: Prepared
+    study: Study
+    tracker: MlflowTracker
+
+
+@contextmanager
+def open_sweep(spec: Spec, listener: Listener = nobody) -> Iterator[OpenSweep]:
+    """Check everything, then hold the sweep for as long as the block runs.
+
+    Raises:
+        InputError: For anything in the spec, data, model, store or disk that can't be used.
+        ConflictError: When another process holds it, or its study is of another spec.
+    """
+    paths = sweep_paths(spec)
+    check_storage(paths)
+    with _held(paths), _termination_as_interrupt():
+        prepared = prepare(spec, paths, listener)
+        tracker = MlflowTracker.open(
+            tracking_uri(spec, paths),
+            spec.tracking.experiment or spec.name,
+            paths.mlflow_artifacts if spec.tracking.uri == "sqlite" else None,
+        )
+        study = Study.open(
+            paths.optuna_database, spec.name, spec.search, spec.seed, prepared.identity
+        )
+        yield OpenSweep(prepared, study, tracker)
+
+
+def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
+    """Carry the sweep on to its total."""
+    engine, reason = choose_engine(sweep.prepared)
+    worker = Worker(sweep.prepared, engine, reason, sweep.study, sweep.tracker, listener)
+    return worker.run()
+
+
+def finish(sweep: OpenSweep, listener: Listener = nobody) -> FinishedSweep:
+    """Score the winner on the test split (once) and gather what a report needs."""
+    parent = sweep.tracker.open_sweep(sweep.prepared.spec.name, {})
+    return conclude(sweep.prepared, sweep.study, sweep.tracker, parent, listener)
+
+
+def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
+    """The engine that the spec asks for, and why it is this one."""
+    settings = engine_settings(prepared.spec)
+    return TrainerEngine(prepared.base, prepared.train, prepared.validation, settings), "trainer"
+
+
+def tracking_uri(spec: Spec, paths: SweepPaths) -> str:
+    """The MLflow URI that the spec means; ``sqlite`` becomes an absolute one."""
+    return (
+        f"sqlite:///{paths.mlflow_database}" if spec.tracking.uri == "sqlite" else spec.tracking.uri
+    )
+
+
+@contextmanager
+def _held(paths: SweepPaths) -> Iterator[None]:
+    lock = FileLock(paths.lock)
+    owner = paths.sweep / "owner.json"
+    try:
+        # The kernel frees the lock when its holder dies, however it dies.
+        with lock.acquire(timeout=0):
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
+            yield
+    except Timeout:
+        try:
+            who = json.loads(owner.read_text())
+            holder = f"process {who['pid']} on {who['host']}"
+        except (OSError, ValueError, KeyError):
+            holder = "another process"
+        what = f"is being worked on by {holder}"
+        advice = "Wait for it, stop it, or give this spec another name."
+        raise ConflictError(Problem(f"sweep {paths.name}", what, advice)) from None
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a sweep the way Ctrl-C does: trials marked, database closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may set handlers; elsewhere the caller owns them
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,207 @@
+"""The test split, opened once: the winner and the baselines are scored, stored, and never again.
+
+Predictions lie in ``test/<model>.npz`` under a key that says which data, base and weights made
+them. A later report finds them there and scores nothing. Whenever something *is* scored, a
+line goes into ``test/ledger.jsonl``; a report shows the ledger, since a test split that was
+opened for several winners has begun to choose among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasweep.baselines.build import build_baseline
+from lorasweep.core.records import EngineSettings, Predictions, TextSplit, TrialRecord
+from lorasweep.core.seeding import derive_seed
+from lorasweep.data.tokens import encode
+from lorasweep.evaluation.metrics import probabilities
+from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.checkpoint import load_finetuned
+from lorasweep.model.precision import pick_device
+from lorasweep.model.scoring import predict_logits
+from lorasweep.sweep.events import Listener, Said, Warned
+from lorasweep.sweep.prepare import Prepared, file_digest
+
+FINETUNED = "finetuned"
+_SAMPLES = 8
+
+
+class Finalists:
+    """Scores the winner and the baselines on the test split, at most once each.
+
+    Args:
+        prepared: Data and base.
+        winner: The best trial by validation.
+        listener: Told when the test split is opened.
+    """
+
+    def __init__(self, prepared: Prepared, winner: TrialRecord, listener: Listener) -> None:
+        self._prepared = prepared
+        self._winner = winner
+        self._listener = listener
+        self._folder = prepared.paths.test
+        self._adapter = prepared.paths.adapter(winner.number)
+        # What is deployed computes in float32, so that is what the test measures.
+        self._settings = EngineSettings(
+            precision="fp32", eval_batch_size=prepared.spec.training.eval_batch_size
+        )
+
+    def test_predictions(self) -> dict[str, Predictions]:
+        """Predictions by model, ``finetuned`` first; empty without a test split."""
+        test = self._prepared.corpus.test
+        if test is None:
+            return {}
+        makers: dict[str, tuple[str, Callable[[], NDArray[np.float64]]]] = {
+            FINETUNED: (self._winner_key(), lambda: self._by_winner(test.texts))
+        }
+        for name in self._prepared.spec.baselines:
+            key = self._baseline_key(name)
+            makers[name] = (key, lambda name=name: self._by_baseline(name, test))  # type: ignore[misc]
+        found: dict[str, NDArray[np.float64]] = {}
+        missing: list[str] = []
+        for model, (key, _) in makers.items():
+            stored = self._stored(model, key)
+            if stored is None:
+                missing.append(model)
+            else:
+                found[model] = stored
+        if missing:
+            self._listener(Said(f"Opening the test split for {', '.join(missing)}"))
+            fresh = {model: makers[model][1]() for model in missing}
+            self._enter(missing)
+            for model, values in fresh.items():
+                self._store(model, makers[model][0], values)
+            found |= fresh
+        labels = np.asarray(test.labels, dtype=np.int64)
+        return {
+            model: Predictions(model, "test", test.ids, labels, found[model]) for model in makers
+        }
+
+    def samples(self) -> tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]:
+        """A few texts with each label's probability before and after training."""
+        split = self._prepared.corpus.test or self._prepared.corpus.validation
+        rng = np.random.default_rng(derive_seed(self._prepared.spec.seed, "samples"))
+        chosen = sorted(rng.choice(len(split), size=min(_SAMPLES, len(split)), replace=False))
+        texts = [split.texts[row] for row in chosen]
+        before, after = self._untrained(texts), self._by_winner(texts)
+        return tuple(
+            (text, tuple(map(float, b)), tuple(map(float, a)))
+            for text, b, a in zip(texts, before, after, strict=True)
+        )
+
+    @property
+    def openings(self) -> tuple[dict[str, Any], ...]:
+        """The ledger: every time that something was scored on the test split."""
+        ledger = self._folder / "ledger.jsonl"
+        if not ledger.exists():
+            return ()
+        lines = ledger.read_text(encoding="utf-8").splitlines()
+        return tuple(json.loads(line) for line in lines if line.strip())
+
+    def _by_winner(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        model = load_finetuned(self._prepared.base, self._adapter)
+        return self._score(model, texts)
+
+    def _untrained(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        model = fresh_classifier(self._prepared.base, head_seed(self._winner.seed)).model
+        return self._score(model, texts)
+
+    def _by_baseline(self, name: str, test: TextSplit) -> NDArray[np.float64]:
+        corpus = self._prepared.corpus
+        seed = self._baseline_seed(name)
+        baseline = build_baseline(
+            name, base=self._prepared.base, seed=seed, settings=self._settings
+        )
+        return baseline.predict(corpus.train, test.texts, len(corpus.label_names))
+
+    def _score(self, model: Any, texts: Sequence[str]) -> NDArray[np.float64]:
+        base: Base = self._prepared.base
+        rows = TextSplit(
+            "texts", tuple(texts), (0,) * len(texts), tuple(map(str, range(len(texts))))
+        )
+        logits = predict_logits(
+            model,
+            encode(rows, base.tokenizer, base.max_length),
+            pad_id=int(base.tokenizer.pad_token_id),
+            batch_size=self._settings.eval_batch_size,
+            device=pick_device(self._settings.device),
+            precision="fp32",
+        )
+        return probabilities(logits)
+
+    def _baseline_seed(self, name: str) -> int:
+        # "Untrained" is the winner before its training: the same head, not just any head.
+        if name == "untrained":
+            return head_seed(self._winner.seed)
+        return derive_seed(self._prepared.spec.seed, "baseline", name)
+
+    def _winner_key(self) -> str:
+        weights = {
+            path.name: file_digest(path) for path in sorted(self._adapter.glob("*.safetensors"))
+        }
+        return self._key("finetuned", weights)
+
+    def _baseline_key(self, name: str) -> str:
+        return self._key(name, self._baseline_seed(name))
+
+    def _key(self, model: str, made_by: Any) -> str:
+        prepared = self._prepared
+        parts = [model, made_by, dict(prepared.corpus.digests), prepared.base.digest]
+        parts += [prepared.base.max_length, list(prepared.corpus.label_names)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _stored(self, model: str, key: str) -> NDArray[np.float64] | None:
+        path = self._folder / f"{model}.npz"
+        if not path.exists():
+            return None
+        with np.load(path) as archive:
+            if str(archive["key"]) != key:
+                return None
+            return np.asarray(archive["probabilities"], dtype=np.float64)
+
+    def _store(self, model: str, key: str, values: NDArray[np.float64]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f".{model}.partial.npz"
+        np.savez(temporary, key=np.array(key), probabilities=values)
+        temporary.replace(self._folder / f"{model}.npz")
+
+    def _enter(self, models: Sequence[str]) -> None:
+        earlier = [entry for entry in self.openings if FINETUNED in entry["models"]]
+        reason = "first opening"
+        if FINETUNED in models and earlier:
+            reason = f"the winner changed from trial {earlier[-1]['trial']}"
+            self._listener(
+                Warned(
+                    "The test split is opened again for another winner; "
+                    "the report says so, since its p-values now flatter the winner."
+                )
+            )
+        elif self.openings:
+            reason = "a baseline was added"
+        entry = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "trial": self._winner.number,
+            "models": list(models),
+            "reason": reason,
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "ledger.jsonl").open("a", encoding="utf-8") as ledger:
+            ledger.write(json.dumps(entry) + "\n")
+
+
+def head_seed(trial_seed: int) -> int:
+    """The seed from which engines draw a trial's classifier head."""
+    return derive_seed(trial_seed, "head")
+
+
+def adapter_exists(folder: Path) -> bool:
+    """Whether a trial's adapter was kept."""
+    return (folder / "adapter_config.json").is_file()

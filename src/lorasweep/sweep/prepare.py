@@ -1,0 +1,173 @@
+"""From a spec to data and base ready for trials, with all bad input found before any training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasweep.core.errors import InputError, Problem, SpecError, StorageError
+from lorasweep.core.paths import SweepPaths
+from lorasweep.core.records import Corpus, EncodedSplit
+from lorasweep.data.corpus import load_corpus
+from lorasweep.data.tokens import encode
+from lorasweep.model.adapter import check_targets
+from lorasweep.model.base import Base, open_base
+from lorasweep.spec.resolve import adapters_in, fingerprint, identity
+from lorasweep.spec.schema import Spec
+from lorasweep.sweep.events import Listener, Said, Warned
+
+# A study, its runs and one small adapter need about this much before anything is trained.
+_LEAST_FREE_BYTES = 200 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What every trial of the sweep shares.
+
+    Attributes:
+        spec: The spec.
+        paths: Where the sweep writes.
+        corpus: All splits as text.
+        base: The frozen base.
+        train, validation: Token ids; made once and used by every trial.
+        identity: What decides results, key by key.
+    """
+
+    spec: Spec
+    paths: SweepPaths
+    corpus: Corpus
+    base: Base
+    train: EncodedSplit
+    validation: EncodedSplit
+    identity: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over :attr:`identity`."""
+        return fingerprint(self.identity)
+
+
+def sweep_paths(spec: Spec) -> SweepPaths:
+    """Where the spec's sweep writes, seen from the current folder.
+
+    Raises:
+        SpecError: When the sweep's folder would lie outside the output folder.
+    """
+    root = Path(spec.output).expanduser().absolute()
+    paths = SweepPaths(root, spec.name)
+    # The schema has refused path characters; a symbolic link may still lead elsewhere.
+    if not paths.sweep.resolve().is_relative_to(root.resolve()):
+        what = f"leads out of {root}, to {paths.sweep.resolve()}"
+        raise SpecError(Problem("name", what, "Remove the link, or choose another name."))
+    return paths
+
+
+def check_storage(paths: SweepPaths) -> None:
+    """Make the sweep's folder and prove that it can be written.
+
+    Raises:
+        StorageError: When it can't, or when the disk is nearly full.
+    """
+    try:
+        paths.sweep.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=paths.sweep, prefix=".probe-") as probe:
+            probe.write(b"lorasweep")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        what = f"can't be written: {error.strerror or error}"
+        advice = "Free space, change permissions, or set output in the spec to another folder."
+        raise StorageError(Problem(str(paths.sweep), what, advice)) from None
+    free = shutil.disk_usage(paths.sweep).free
+    if free < _LEAST_FREE_BYTES:
+        what = f"only {free // 2**20} MiB are free, and a sweep needs at least 200"
+        advice = "Free space, or set output in the spec to a folder on another disk."
+        raise StorageError(Problem(str(paths.sweep), what, advice))
+
+
+def prepare(spec: Spec, paths: SweepPaths, listener: Listener) -> Prepared:
+    """Load the data and the base and tokenise once.
+
+    Raises:
+        InputError: With the problems of data and model together, before anything is trained.
+    """
+    problems: list[Problem] = []
+    corpus: Corpus | None = None
+    base: Base | None = None
+    listener(Said(f"Reading {_source_in_words(spec)}"))
+    try:
+        corpus = load_corpus(spec.data, spec.seed)
+    except InputError as error:
+        problems += error.problems
+    # Without data the number of labels is unknown; two are enough to check the base.
+    names = corpus.label_names if corpus else spec.data.labels or ("0", "1")
+    listener(Said(f"Opening {spec.model.name}"))
+    try:
+        base = open_base(spec.model, names)
+        check_targets(base, adapters_in(spec))
+    except InputError as error:
+        problems += error.problems
+    if problems or corpus is None or base is None:
+        raise InputError(problems)
+
+    train = encode(corpus.train, base.tokenizer, base.max_length)
+    validation = encode(corpus.validation, base.tokenizer, base.max_length)
+    tell_about_data(corpus, train, listener)
+    return Prepared(
+        spec=spec,
+        paths=paths,
+        corpus=corpus,
+        base=base,
+        train=train,
+        validation=validation,
+        identity=identity(spec, corpus.fingerprint, base.digest),
+    )
+
+
+def tell_about_data(corpus: Corpus, train: EncodedSplit, listener: Listener) -> None:
+    """Say what was read, cleaned, cut off and leaked; nothing of it happens silently."""
+    test = f", {len(corpus.test)} test" if corpus.test else ", no test split"
+    listener(
+        Said(
+            f"{corpus.name}: {len(corpus.train)} train, {len(corpus.validation)} validation"
+            f"{test}; labels {', '.join(corpus.label_names)}"
+        )
+    )
+    for report in corpus.cleaning:
+        parts = [f"{count} {reason}" for reason, count in report.dropped.items() if count]
+        if parts:
+            listener(Said(f"{report.split}: left out {'; '.join(parts)} (of {report.read} rows)"))
+        for note in report.notes:
+            listener(Warned(f"{report.split}: {note}"))
+    for leak in corpus.leakage:
+        if leak.contained:
+            listener(
+                Warned(
+                    f"{leak.held_out}: {leak.contained} of {leak.rows} texts ({leak.share:.1%}) "
+                    "lie in, or contain, a training text; scores on them flatter the model"
+                )
+            )
+    if train.truncated:
+        listener(
+            Said(
+                f"train: {train.truncated} of {len(train)} texts are longer than max_length "
+                "and lose their end"
+            )
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _source_in_words(spec: Spec) -> str:
+    source = spec.data.source
+    if source.kind == "files":
+        return source.train
+    return source.path if source.kind == "hub" else f"embedded/{source.name}"

@@ -1,0 +1,243 @@
+"""Ask, run, track, tell: the loop of a sweep, the same for every engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lorasweep.core.paths import run_name
+from lorasweep.core.protocols import Engine
+from lorasweep.core.records import Outcome, TrialPlan, TrialRecord, TrialState
+from lorasweep.search.study import Asked, Study
+from lorasweep.spec.loader import dump_spec
+from lorasweep.spec.resolve import plan_trial
+from lorasweep.sweep.events import Listener, Said, SweepStarted, TrialEnded, TrialStarted, Warned
+from lorasweep.sweep.prepare import Prepared
+from lorasweep.sweep.reporter import SweepReporter
+from lorasweep.tracking.environment import describe
+from lorasweep.tracking.mlflow_tracker import MlflowTracker
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """How a command's share of a sweep ended.
+
+    Attributes:
+        records: Every trial of the study.
+        best: The winner so far; None when no trial completed.
+        run_id: The parent run.
+        finished: Whether the total was reached (or the space exhausted).
+    """
+
+    records: tuple[TrialRecord, ...]
+    best: TrialRecord | None
+    run_id: str
+    finished: bool
+
+
+class Worker:
+    """One process's part in a sweep.
+
+    Args:
+        prepared: Data and base.
+        engine: Trains the plans.
+        engine_reason: Why this engine, in a few words, for people.
+        study: Where points come from.
+        tracker: Where runs go.
+        listener: Told of everything.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: Engine,
+        engine_reason: str,
+        study: Study,
+        tracker: MlflowTracker,
+        listener: Listener,
+    ) -> None:
+        self._prepared = prepared
+        self._engine = engine
+        self._engine_reason = engine_reason
+        self._study = study
+        self._tracker = tracker
+        self._listener = listener
+        self._run_ids: dict[int, str] = {}
+        self._in_flight: set[int] = set()
+        self._deadline = float("inf")
+
+    def run(self) -> SweepResult:
+        """Carry the sweep on to its total, or to its time limit.
+
+        Raises:
+            KeyboardInterrupt: After the running trials were marked and will be taken up again.
+        """
+        spec = self._prepared.spec
+        if spec.search.timeout_minutes is not None:
+            self._deadline = time.monotonic() + 60 * spec.search.timeout_minutes
+        parent = self._open_parent()
+        self._take_up(parent)
+        earlier = tuple(r for r in self._study.records() if r.state.is_final)
+        self._listener(
+            SweepStarted(
+                spec.name, spec.search.objective, spec.search.trials, earlier, self._engine_reason
+            )
+        )
+        reporter = SweepReporter(
+            self._study,
+            self._tracker,
+            self._run_ids,
+            self._prepared.validation.labels,
+            self._prepared.corpus.label_names,
+            spec.search.objective,
+            self._listener,
+        )
+        try:
+            for outcome in self._engine.run(self._plans(parent), reporter):
+                self._settle(outcome)
+        except BaseException as error:
+            # Ctrl-C, a kill signal, or an error that concerns all trials: whatever it is,
+            # the trials under way didn't fail by themselves and will be tried again.
+            self._interrupt_running(type(error).__name__)
+            self._tracker.finish(parent, TrialState.INTERRUPTED)
+            raise
+        finished = self._study.remaining == 0 or self._study.exhausted
+        best = self._study.best()
+        if finished:
+            self._tracker.finish(parent, TrialState.COMPLETED if best else TrialState.FAILED)
+        else:
+            self._tracker.finish(parent, TrialState.INTERRUPTED)
+            self._listener(Warned("The time limit was reached before the last trial started."))
+        if self._study.exhausted:
+            tried = sum(r.state is not TrialState.INTERRUPTED for r in self._study.records())
+            self._listener(Said(f"Every point of the space was tried: {tried} trials."))
+        return SweepResult(self._study.records(), best, parent, finished)
+
+    def _open_parent(self) -> str:
+        prepared, spec = self._prepared, self._prepared.spec
+        environment = describe()
+        parent = self._tracker.open_sweep(
+            spec.name,
+            {
+                "lorasweep.spec": prepared.fingerprint,
+                "lorasweep.objective": spec.search.objective,
+                "lorasweep.engine": self._engine_reason,
+                "lorasweep.git_commit": str(environment.get("git_commit") or "none"),
+                **{
+                    f"lorasweep.version.{name}": str(version)
+                    for name, version in environment.get("versions", {}).items()
+                },
+            },
+        )
+        self._tracker.log_params(
+            parent,
+            {
+                "model": spec.model.name,
+                "base_digest": prepared.base.digest,
+                "data": prepared.corpus.name,
+                "data_fingerprint": prepared.corpus.fingerprint,
+                "seed": spec.seed,
+                "sampler": spec.search.sampler.kind,
+                "pruner": spec.search.pruner.kind,
+                "objective": spec.search.objective,
+                "engine": spec.engine,
+            },
+        )
+        resolved = dump_spec(spec)
+        prepared.paths.spec.write_text(resolved, encoding="utf-8")
+        self._tracker.log_text(parent, resolved, "spec.yaml")
+        self._tracker.log_corpus(parent, prepared.corpus)
+        return parent
+
+    def _take_up(self, parent: str) -> None:
+        """Close what a killed command left open, in the study and in the tracker alike."""
+        abandoned = self._study.reconcile()
+        for record in abandoned:
+            self._listener(
+                Said(f"Trial {run_name(record.number)} was cut off earlier; it is tried again.")
+            )
+        states = {record.number: record.state for record in self._study.records()}
+        for number, run_id in self._tracker.runs_left_open(parent):
+            # A trial that the study doesn't know as running elsewhere is over: if the kill came
+            # between telling the study and closing the run, the study's word is the true one.
+            state = states.get(number, TrialState.INTERRUPTED)
+            if state.is_final:
+                self._tracker.finish(run_id, state)
+
+    def _plans(self, parent: str) -> Iterator[TrialPlan]:
+        """The points to train, asked for one by one as the engine has room for them."""
+        while time.monotonic() < self._deadline:
+            asked = self._study.ask()
+            if asked is None:
+                return
+            self._in_flight.add(asked.number)
+            yield self._begin(asked, parent)
+
+    def _begin(self, asked: Asked, parent: str) -> TrialPlan:
+        spec, paths = self._prepared.spec, self._prepared.paths
+        plan = plan_trial(
+            spec, asked.number, asked.seed, asked.parameters, paths.trial(asked.number)
+        )
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        tags = {
+            "lorasweep.study": spec.name,
+            "lorasweep.trial": str(asked.number),
+            "lorasweep.spec": self._prepared.fingerprint,
+        }
+        if asked.retry_of is not None:
+            tags["lorasweep.retry_of"] = run_name(asked.retry_of)
+        run_id = self._tracker.start_trial(parent, asked.number, _params(plan), tags)
+        self._run_ids[asked.number] = run_id
+        self._study.set_run_id(asked.number, run_id)
+        self._listener(
+            TrialStarted(asked.number, asked.parameters, plan.epochs, retry_of=asked.retry_of)
+        )
+        return plan
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Tell the study first: it is the source of truth when the process dies in between."""
+        told = self._study.tell(outcome)
+        self._in_flight.discard(outcome.trial)
+        record = next(r for r in self._study.records() if r.number == outcome.trial)
+        run_id = self._run_ids.pop(outcome.trial)
+        if not told:
+            self._listener(Warned(f"Trial {run_name(outcome.trial)} came too late and is dropped."))
+        if outcome.traceback:
+            self._tracker.log_text(run_id, outcome.traceback, "traceback.txt")
+            folder = self._prepared.paths.trial(outcome.trial)
+            (folder / "traceback.txt").write_text(outcome.traceback, encoding="utf-8")
+        self._tracker.log_metrics(run_id, {"seconds": outcome.seconds}, step=outcome.steps)
+        if record.reason:
+            self._tracker.log_text(run_id, record.reason, "reason.txt")
+        self._tracker.finish(run_id, record.state)
+        self._listener(TrialEnded(record, self._study.best()))
+
+    def _interrupt_running(self, reason: str) -> None:
+        for number in sorted(self._in_flight):
+            self._study.interrupt(number, reason)
+            if number in self._run_ids:
+                self._tracker.finish(self._run_ids[number], TrialState.INTERRUPTED)
+            record = next(r for r in self._study.records() if r.number == number)
+            self._listener(TrialEnded(record, self._study.best()))
+
+
+def _params(plan: TrialPlan) -> dict[str, bool | int | float | str | None]:
+    """The trial's parameters as MLflow shows them: sampled or fixed, all of them, short names."""
+    adapter = plan.adapter
+    return {
+        "learning_rate": plan.learning_rate,
+        "epochs": plan.epochs,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "scaling": adapter.scaling,
+        "dropout": adapter.dropout,
+        "targets": ",".join(adapter.targets),
+        "top_layers": adapter.top_layers,
+        "batch_size": plan.batch_size,
+        "weight_decay": plan.weight_decay,
+        "warmup": plan.warmup,
+        "scheduler": plan.scheduler,
+        "max_grad_norm": plan.max_grad_norm,
+        "trial_seed": plan.seed,
+    }
