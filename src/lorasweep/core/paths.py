@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasweep.core.errors import Problem, SpecError
+
 
 @dataclass(frozen=True, slots=True)
 class SweepPaths:
@@ -64,6 +66,10 @@ class SweepPaths:
     def report(self) -> Path:
         return self.sweep / "report"
 
+    def tracking_uri(self, uri: str) -> str:
+        """The MLflow URI that a spec's ``tracking.uri`` means; ``sqlite`` becomes absolute."""
+        return f"sqlite:///{self.mlflow_database}" if uri == "sqlite" else uri
+
     def trial(self, number: int) -> Path:
         """The folder of trial ``number``; the number is also its run's name in MLflow."""
         return self.sweep / "trials" / run_name(number)
@@ -80,3 +86,22 @@ def run_name(number: int) -> str:
     '0005'
     """
     return f"{number:04d}"
+
+
+def sweep_paths(output: str, name: str) -> SweepPaths:
+    """Where a sweep writes, seen from the current folder.
+
+    Args:
+        output: The spec's output folder, relative to the current one or absolute.
+        name: The sweep's name, already known to be a plain folder name.
+
+    Raises:
+        SpecError: When the sweep's folder would lie outside the output folder.
+    """
+    root = Path(output).expanduser().absolute()
+    paths = SweepPaths(root, name)
+    # The schema has refused path characters; a symbolic link may still lead elsewhere.
+    if not paths.sweep.resolve().is_relative_to(root.resolve()):
+        what = f"leads out of {root}, to {paths.sweep.resolve()}"
+        raise SpecError(Problem(f"name {name}", what, "Remove the link, or choose another name."))
+    return paths

@@ -8,12 +8,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 from filelock import FileLock, Timeout
 
-from lorasweep.core.errors import ConflictError, Problem
-from lorasweep.core.paths import SweepPaths
+from lorasweep.core.errors import ConflictError, NothingToReportError, Problem
+from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
 from lorasweep.core.records import FinishedSweep
 from lorasweep.engines.trainer import TrainerEngine
@@ -22,7 +21,7 @@ from lorasweep.spec.resolve import engine_settings
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.conclude import conclude
 from lorasweep.sweep.events import Listener, nobody
-from lorasweep.sweep.prepare import Prepared, check_storage, prepare, sweep_paths
+from lorasweep.sweep.prepare import Prepared, check_storage, prepare
 from lorasweep.sweep.worker import SweepResult, Worker
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
@@ -44,12 +43,12 @@ def open_sweep(spec: Spec, listener: Listener = nobody) -> Iterator[OpenSweep]:
         InputError: For anything in the spec, data, model, store or disk that can't be used.
         ConflictError: When another process holds it, or its study is of another spec.
     """
-    paths = sweep_paths(spec)
+    paths = sweep_paths(spec.output, spec.name)
     check_storage(paths)
     with _held(paths), _termination_as_interrupt():
         prepared = prepare(spec, paths, listener)
         tracker = MlflowTracker.open(
-            tracking_uri(spec, paths),
+            paths.tracking_uri(spec.tracking.uri),
             spec.tracking.experiment or spec.name,
             paths.mlflow_artifacts if spec.tracking.uri == "sqlite" else None,
         )
@@ -78,11 +77,17 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
     return TrainerEngine(prepared.base, prepared.train, prepared.validation, settings), "trainer"
 
 
-def tracking_uri(spec: Spec, paths: SweepPaths) -> str:
-    """The MLflow URI that the spec means; ``sqlite`` becomes an absolute one."""
-    return (
-        f"sqlite:///{paths.mlflow_database}" if spec.tracking.uri == "sqlite" else spec.tracking.uri
-    )
+def must_exist(spec: Spec) -> None:
+    """Refuse to go on for a sweep that was never run, before anything is loaded or created.
+
+    Raises:
+        NothingToReportError: When the study isn't there.
+    """
+    paths = sweep_paths(spec.output, spec.name)
+    if Study.peek(paths.optuna_database, spec.name) is None:
+        raise NothingToReportError(
+            f"{spec.name} has not been run in {paths.root}. Start it with lorasweep run."
+        )
 
 
 @contextmanager
@@ -108,12 +113,8 @@ def _held(paths: SweepPaths) -> Iterator[None]:
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end a sweep the way Ctrl-C does: trials marked, database closed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # only the main thread may set handlers; elsewhere the caller owns them
         yield
         return

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasweep.core.errors import InputError, Problem, SpecError, StorageError
+from lorasweep.core.errors import InputError, Problem, StorageError
 from lorasweep.core.paths import SweepPaths
 from lorasweep.core.records import Corpus, EncodedSplit
 from lorasweep.data.corpus import load_corpus
@@ -49,21 +49,6 @@ class Prepared:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over :attr:`identity`."""
         return fingerprint(self.identity)
-
-
-def sweep_paths(spec: Spec) -> SweepPaths:
-    """Where the spec's sweep writes, seen from the current folder.
-
-    Raises:
-        SpecError: When the sweep's folder would lie outside the output folder.
-    """
-    root = Path(spec.output).expanduser().absolute()
-    paths = SweepPaths(root, spec.name)
-    # The schema has refused path characters; a symbolic link may still lead elsewhere.
-    if not paths.sweep.resolve().is_relative_to(root.resolve()):
-        what = f"leads out of {root}, to {paths.sweep.resolve()}"
-        raise SpecError(Problem("name", what, "Remove the link, or choose another name."))
-    return paths
 
 
 def check_storage(paths: SweepPaths) -> None:

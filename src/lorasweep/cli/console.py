@@ -1,0 +1,167 @@
+"""The only writer to the terminal: events and results for people, or JSON lines for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorasweep.cli.views import LiveView, PlainView, QuietView, View, format_parameters
+from lorasweep.core.records import FinishedSweep, TrialRecord
+from lorasweep.sweep.events import Event, Said, Warned
+
+if TYPE_CHECKING:
+    from lorasweep.sweep.worker import SweepResult
+
+
+class JsonView(View):
+    """One JSON object a line on stdout; nothing else is printed there."""
+
+    def show(self, event: Event) -> None:
+        print_json({"event": _snake(type(event).__name__), **_plain(event)})
+
+
+class Console:
+    """Takes events while a command runs and prints its result at the end.
+
+    Args:
+        view: How events are shown.
+        as_json: Whether results are JSON too.
+    """
+
+    def __init__(self, view: View, as_json: bool) -> None:
+        self._view = view
+        self._as_json = as_json
+
+    def listen(self, event: Event) -> None:
+        """The listener to hand to a sweep."""
+        self._view.show(event)
+
+    def say(self, message: str) -> None:
+        """A sentence about what is being done."""
+        self._view.show(Said(message))
+
+    def warn(self, message: str) -> None:
+        """A sentence about something that surprises."""
+        self._view.show(Warned(message))
+
+    def training_over(self) -> None:
+        """Leave the live view as it stands; what follows is plain lines."""
+        self._view.close()
+
+    def result(self, spec_file: str, finished: FinishedSweep, page: Path) -> None:
+        """The end of a sweep: winner, comparison, report, UI."""
+        from lorasweep.report.headline import headline
+
+        lines = headline(finished)
+        if self._as_json:
+            print_json(
+                {
+                    "event": "finished",
+                    "name": finished.name,
+                    "best": finished.best,
+                    "conclusions": lines,
+                    "report": str(page),
+                    "results": str(page.parent / "fine_tuning_results.json"),
+                }
+            )
+            return
+        best = finished.best
+        click.echo("")
+        click.echo(
+            f"Best of {len(finished.trials)} trials: {best.number} with validation "
+            f"{finished.objective} {best.score:.4f} (epoch {best.best_epoch})"
+        )
+        click.echo(f"  {format_parameters(best.parameters)}")
+        for line in lines:
+            click.echo(f"  {line}")
+        click.echo(f"Report:  {_short(page)}")
+        click.echo(f"Results: {_short(page.parent / 'fine_tuning_results.json')}")
+        click.echo(f"Compare: lorasweep ui {shlex.quote(spec_file)}")
+        click.echo(f"Deploy:  lorasweep export {shlex.quote(spec_file)} --to fine_tuned_model")
+
+    def result_without_report(self, spec_file: str, result: SweepResult) -> None:
+        """The end of a command that leaves the test split closed."""
+        if self._as_json:
+            print_json({"event": "trained", "finished": result.finished, "best": result.best})
+            return
+        best = result.best
+        if best is not None:
+            click.echo(
+                f"Best so far: {best.number}, score {best.score:.4f}, "
+                f"{format_parameters(best.parameters)}"
+            )
+        if result.finished:
+            click.echo(f"Report:  lorasweep report {shlex.quote(spec_file)}")
+        else:
+            click.echo(f"Go on:   lorasweep run {shlex.quote(spec_file)}")
+
+
+@contextmanager
+def open_console(*, quiet: bool, as_json: bool) -> Iterator[Console]:
+    """Choose the view that fits: JSON on request, live on a terminal, plain lines elsewhere."""
+    view: View
+    if as_json:
+        view = JsonView()
+    elif quiet:
+        view = QuietView()
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        view = LiveView()
+    else:
+        view = PlainView()
+    try:
+        yield Console(view, as_json)
+    finally:
+        view.close()
+
+
+def print_json(value: Any) -> None:
+    """Print one value as one line of strict JSON on stdout."""
+    click.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def print_trials(records: Sequence[TrialRecord], best: TrialRecord | None, objective: str) -> None:
+    """Print the trials of a study as a table on stdout."""
+    from rich.console import Console as RichConsole
+
+    from lorasweep.cli.views import trial_table
+
+    rows = trial_table(records, best, objective)
+    width = None if sys.stdout.isatty() else 120
+    RichConsole(width=width, highlight=False).print(rows)
+
+
+def _plain(value: Any) -> Any:
+    """Records as plain data; numbers that JSON has no word for become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return _plain(dict(value)) if hasattr(value, "keys") else str(value)
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _short(path: Path) -> str:
+    """The path from here if it lies below here: shorter, and it can be clicked."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

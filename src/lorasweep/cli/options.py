@@ -1,0 +1,30 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lorasweep.spec.schema import Spec
+
+
+def spec_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``SPEC`` and ``--set KEY=VALUE`` to a command."""
+    command = click.option(
+        "--set",
+        "overrides",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Override a value of the spec, e.g. --set search.trials=3. Repeatable.",
+    )(command)
+    return click.argument("spec_file", metavar="SPEC")(command)
+
+
+def read_spec(spec_file: str, overrides: tuple[str, ...]) -> Spec:
+    """Load the spec that the command line names."""
+    from lorasweep.spec.loader import load_spec
+
+    return load_spec(spec_file, overrides)

@@ -1,0 +1,56 @@
+"""``lorasweep status``: trials by state, the best so far, where things lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+
+from lorasweep.cli.options import read_spec, spec_argument
+
+
+@click.command("status", short_help="Trials by state, the best so far, where things lie.")
+@spec_argument
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show how SPEC's sweep stands; reads only."""
+    spec = read_spec(spec_file, overrides)
+
+    from lorasweep.cli.console import print_json, print_trials
+    from lorasweep.core.paths import sweep_paths
+    from lorasweep.core.records import TrialState
+    from lorasweep.search.study import Study
+
+    paths = sweep_paths(spec.output, spec.name)
+    study = Study.peek(paths.optuna_database, spec.name)
+    records = study.records() if study else ()
+    best = study.best() if study else None
+    counts = Counter(record.state for record in records)
+    done = sum(counts[state] for state in TrialState if state.is_final)
+    done -= counts[TrialState.INTERRUPTED]
+    report = paths.report / "index.html"
+    if as_json:
+        print_json(
+            {
+                "name": spec.name,
+                "trials": spec.search.trials,
+                "states": {state.value: counts[state] for state in TrialState},
+                "best": best,
+                "folder": str(paths.sweep),
+                "report": str(report) if report.exists() else None,
+            }
+        )
+        return
+    if study is None:
+        click.echo(f"{spec.name}: not started. Start it with: lorasweep run {spec_file}")
+        return
+    print_trials(records, best, spec.search.objective)
+    states = ", ".join(f"{count} {state.value}" for state, count in sorted(counts.items()))
+    click.echo(f"{spec.name}: {done} of {spec.search.trials} trials done ({states})")
+    click.echo(f"folder: {paths.sweep}")
+    if report.exists():
+        click.echo(f"report: {report}")
+    if done < spec.search.trials:
+        click.echo(f"go on: lorasweep run {spec_file}")
+    elif not report.exists():
+        click.echo(f"next: lorasweep report {spec_file}")
