@@ -91,10 +91,14 @@ class MlflowTracker:
             tags: Where these bear one of IDENTITY_TAGS, the run's must be the same.
         """
         runs = self._search(f"tags.`{STUDY_TAG}` = {_quoted(name)} AND tags.`{KIND_TAG}` = 'sweep'")
-        for run in sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id)):
-            if _same_identity(run.data.tags, tags or {}):
-                return str(run.info.run_id)
-        return None
+        mine = [run for run in runs if _same_identity(run.data.tags, tags or {})]
+        mine.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+        if not mine:
+            return None
+        # Two of one identity were opened at the same time, and the older is everybody's. But
+        # where any identity will do, the sweep of that name is the one begun last.
+        named = any(tag in IDENTITY_TAGS for tag in tags or {})
+        return str((mine[0] if named else mine[-1]).info.run_id)
 
     def open_sweep(self, name: str, tags: Mapping[str, str]) -> str:
         """Return the id of the sweep's parent run: the one it already has, else a new one.

@@ -228,9 +228,8 @@ def _check_server(uri: str) -> None:
         try:
             _ping(uri)
         except MlflowException as error:
-            reason = _first_line(error)
             raise _problem(
-                f"no MLflow server answers at {redacted(uri)} ({reason})",
+                f"no MLflow server answers at {redacted(uri)} ({_root_cause(error)})",
                 "Start it, or correct the address; `sqlite` needs no server.",
             ) from error
 
@@ -254,7 +253,9 @@ def _check_database(uri: str) -> None:
                 "Start it, or correct the address; `sqlite` needs no server.",
             ) from error
     with telling(uri, "connect"):
-        engine = sqlalchemy.create_engine(url)
+        # The drivers of these two know the setting, and else wait for ever.
+        patient = {} if url.get_backend_name() == "mssql" else {"connect_timeout": PATIENCE}
+        engine = sqlalchemy.create_engine(url, connect_args=patient)
         try:
             engine.connect().close()
         finally:
@@ -287,6 +288,14 @@ def _quiet() -> None:
 
 def _problem(what: str, advice: str) -> TrackingError:
     return TrackingError(Problem(WHERE, what, advice))
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason of a failed request; what surrounds it is five lines of wrapping."""
+    for reason in ("Connection refused", "Name or service not known", "timed out"):
+        if reason in str(error):
+            return reason.lower()
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
