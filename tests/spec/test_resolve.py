@@ -1,0 +1,73 @@
+from pathlib import Path
+
+from lorasweep.core.records import AdapterPlan
+from lorasweep.spec.resolve import adapters_in, fingerprint, identity, plan_trial
+from lorasweep.spec.schema import Spec
+
+
+def spec(**changes) -> Spec:
+    tree = {
+        "name": "s",
+        "data": {"source": {"kind": "embedded"}},
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.2, "targets": ["query"]},
+        "training": {"learning_rate": 0.01, "epochs": 2},
+        "search": {"space": {"learning_rate": {"low": 1e-4, "high": 1e-3}}},
+    }
+    return Spec.model_validate(tree | changes)
+
+
+def test_a_plan_takes_sampled_values_first_and_fixed_ones_after():
+    plan = plan_trial(spec(), 3, 7, {"learning_rate": 0.002, "rank": 16}, Path("/f"))
+    assert plan.learning_rate == 0.002
+    assert plan.epochs == 2
+    assert plan.adapter == AdapterPlan(16, 8.0, 0.2, ("query",))
+    assert plan.adapter.scaling == 0.5
+    assert (plan.number, plan.seed, plan.adapter_folder) == (3, 7, Path("/f/adapter"))
+
+
+def test_sampled_targets_may_be_a_word_or_a_list():
+    auto = plan_trial(spec(), 0, 0, {"targets": "auto"}, Path())
+    names = plan_trial(spec(), 0, 0, {"targets": ("key", "value")}, Path())
+    assert auto.adapter.targets == ("auto",)
+    assert names.adapter.targets == ("key", "value")
+
+
+def test_every_combination_of_targets_is_known_before_training():
+    space = {
+        "targets": {"choices": ["auto", ["query", "key"]]},
+        "top_layers": {"low": 1, "high": 6},
+    }
+    found = adapters_in(spec(search={"space": space}))
+    assert {(plan.targets, plan.top_layers) for plan in found} == {
+        (("auto",), 1),
+        (("auto",), 6),
+        (("query", "key"), 1),
+        (("query", "key"), 6),
+    }
+    points = {"sampler": {"kind": "points", "points": [{"targets": "all-linear"}, {"rank": 2}]}}
+    found = adapters_in(spec(search=points))
+    assert {plan.targets for plan in found} == {("all-linear",), ("query",)}
+
+
+def test_identity_ignores_what_changes_no_result():
+    one = identity(spec(), "data", "base")
+    other = spec(
+        name="other",
+        baselines=["majority"],
+        tracking={"uri": "http://x"},
+        output="elsewhere",
+        search={
+            "trials": 99,
+            "timeout_minutes": 1,
+            "space": {"learning_rate": {"low": 1e-4, "high": 1e-3}},
+        },
+    )
+    assert identity(other, "data", "base") == one
+    assert fingerprint(identity(other, "data", "base")) == fingerprint(one)
+
+
+def test_identity_names_what_differs():
+    one = identity(spec(), "data", "base")
+    other = identity(spec(training={"learning_rate": 0.01, "epochs": 3}), "more data", "base")
+    assert {key for key in one if one[key] != other[key]} == {"data", "training.epochs"}
+    assert identity(spec(seed=1), "data", "base") != one
