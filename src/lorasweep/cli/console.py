@@ -54,10 +54,6 @@ class Console:
         """A sentence about something that surprises."""
         self._view.show(Warned(message))
 
-    def training_over(self) -> None:
-        """Leave the live view as it stands; what follows is plain lines."""
-        self._view.close()
-
     def result(self, spec_file: str, finished: FinishedSweep, page: Path) -> None:
         """The end of a sweep: winner, comparison, report, UI."""
         from lorasweep.report.headline import headline

@@ -22,25 +22,8 @@ def command(spec_file: str, overrides: tuple[str, ...], to: Path) -> None:
 
     with open_console(quiet=False, as_json=False) as console:
         console.say("Loading libraries")
-        from lorasweep.deploy.export import export
-        from lorasweep.executors.in_process import must_exist, open_sweep
-        from lorasweep.sweep.conclude import winner_of
+        from lorasweep.api import export_sweep
 
-        must_exist(spec)
-        with open_sweep(spec, console.listen) as sweep:
-            prepared = sweep.prepared
-            best = winner_of(prepared, sweep.study)
-            console.say(f"Merging trial {best.number} into {prepared.base.name}")
-            manifest = {
-                "sweep": spec.name,
-                "trial": best.number,
-                "run_id": best.run_id,
-                "parameters": dict(best.parameters),
-                "validation_metrics": dict(best.metrics),
-                "seed": best.seed,
-                "spec_fingerprint": prepared.fingerprint,
-                "data_fingerprint": prepared.corpus.fingerprint,
-            }
-            folder = export(prepared.base, prepared.paths.adapter(best.number), to, manifest)
+        folder = export_sweep(spec, to, listener=console.listen)
     click.echo(f"{folder}")
     click.echo(f"try it: lorasweep predict {folder} 'A sentence to classify.'", err=True)

@@ -24,13 +24,7 @@ def command(
 
     with open_console(quiet=quiet, as_json=as_json) as console:
         console.say("Loading libraries")
-        from lorasweep.executors.in_process import finish, must_exist, open_sweep
-        from lorasweep.report.write import write_report
+        from lorasweep.api import report_sweep
 
-        must_exist(spec)
-        with open_sweep(spec, console.listen) as sweep:
-            finished = finish(sweep, console.listen)
-            folder = out or sweep.prepared.paths.report
-            page = write_report(finished, folder)
-            sweep.tracker.log_artifacts(finished.tracking["run_id"], folder, "report")
-        console.result(spec_file, finished, page)
+        report = report_sweep(spec, out=out, listener=console.listen)
+        console.result(spec_file, report.finished, report.page)

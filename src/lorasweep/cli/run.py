@@ -33,22 +33,10 @@ def command(
 
     with open_console(quiet=quiet, as_json=as_json) as console:
         console.say("Loading libraries")
-        from lorasweep.core.errors import NothingToReportError
-        from lorasweep.executors.in_process import finish, open_sweep, train
-        from lorasweep.report.write import write_report
+        from lorasweep.api import run_sweep
 
-        with open_sweep(spec, console.listen) as sweep:
-            result = train(sweep, console.listen)
-            console.training_over()
-            if result.best is None:
-                reasons = [r.reason for r in result.records if r.reason]
-                why = f" The last one said: {reasons[-1]}" if reasons else ""
-                raise NothingToReportError(f"None of the trials completed.{why}")
-            if no_report or not result.finished:
-                console.result_without_report(spec_file, result)
-                return
-            finished = finish(sweep, console.listen)
-            paths = sweep.prepared.paths
-            page = write_report(finished, paths.report)
-            sweep.tracker.log_artifacts(result.run_id, paths.report, "report")
-        console.result(spec_file, finished, page)
+        result, report = run_sweep(spec, listener=console.listen, report=not no_report)
+        if report is None:
+            console.result_without_report(spec_file, result)
+        else:
+            console.result(spec_file, report.finished, report.page)

@@ -14,6 +14,7 @@ from lorasweep.sweep.events import (
     Event,
     Said,
     SweepStarted,
+    TrainingEnded,
     TrialEnded,
     TrialEvaluated,
     TrialReady,
@@ -116,6 +117,8 @@ class LiveView(View):
                 row.score = event.score if event.best else row.score
             case TrialEnded():
                 self._end(event)
+            case TrainingEnded():
+                self.close()
 
     def close(self) -> None:
         if self._live is not None:

@@ -104,6 +104,11 @@ class TrialEnded:
     best: TrialRecord | None
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingEnded:
+    """No trial is running any more; what follows is the report, if any."""
+
+
 Event = (
     Said
     | Warned
@@ -113,6 +118,7 @@ Event = (
     | TrialStepped
     | TrialEvaluated
     | TrialEnded
+    | TrainingEnded
 )
 Listener = Callable[[Event], None]
 

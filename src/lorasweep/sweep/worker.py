@@ -12,7 +12,15 @@ from lorasweep.core.records import Outcome, TrialPlan, TrialRecord, TrialState
 from lorasweep.search.study import Asked, Study
 from lorasweep.spec.loader import dump_spec
 from lorasweep.spec.resolve import plan_trial
-from lorasweep.sweep.events import Listener, Said, SweepStarted, TrialEnded, TrialStarted, Warned
+from lorasweep.sweep.events import (
+    Listener,
+    Said,
+    SweepStarted,
+    TrainingEnded,
+    TrialEnded,
+    TrialStarted,
+    Warned,
+)
 from lorasweep.sweep.prepare import Prepared
 from lorasweep.sweep.reporter import SweepReporter
 from lorasweep.tracking.environment import describe
@@ -102,6 +110,7 @@ class Worker:
             self._interrupt_running(type(error).__name__)
             self._tracker.finish(parent, TrialState.INTERRUPTED)
             raise
+        self._listener(TrainingEnded())
         finished = self._study.remaining == 0 or self._study.exhausted
         best = self._study.best()
         if finished:
