@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasweep.core.errors import ModelError
 from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.spec.schema import ModelSpec
 

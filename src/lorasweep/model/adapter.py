@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -51,7 +53,7 @@ def attach(fresh: FreshClassifier, plan: AdapterPlan, seed: int) -> PeftModel:
     )
     # get_peft_model overwrites the reference with the model's own, and warns if they differ.
     fresh.model.name_or_path = _reference(fresh.base)
-    with seeded(seed):
+    with seeded(seed), quiet_peft():
         model: PeftModel = get_peft_model(fresh.model, config)
     _check_attached(model, names, whole)
     return model
@@ -123,6 +125,20 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
     return trainable, total
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide one warning that PEFT 0.21 draws from transformers 5.2x whenever it builds a model.
+
+    It asks for ``is_gradient_checkpointing``, whose name changes in transformers 6. A user can
+    do nothing about it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
+        )
+        yield
 
 
 def _reference(base: Base) -> str:

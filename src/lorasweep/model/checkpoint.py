@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lorasweep.core.errors import ModelError, Problem, StorageError
+from lorasweep.model.adapter import quiet_peft
 from lorasweep.model.base import Base, fresh_classifier
 
 
@@ -77,7 +78,8 @@ def load_finetuned(base: Base, folder: Path) -> PeftModel:
             )
         )
     try:
-        model: PeftModel = PeftModel.from_pretrained(fresh.model, str(folder))
+        with quiet_peft():
+            model: PeftModel = PeftModel.from_pretrained(fresh.model, str(folder))
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(
             Problem(
