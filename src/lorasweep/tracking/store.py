@@ -34,10 +34,6 @@ PATIENCE = 10
 
 _DATABASES = ("postgresql", "mysql", "mssql")
 _SQLITE_MAGIC = b"SQLite format 3\x00"
-_RETRY_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
-}
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -265,8 +261,12 @@ def _check_database(uri: str) -> None:
 @contextmanager
 def _impatient() -> Iterator[None]:
     """Have MLflow try once and briefly; it reads both settings from the environment only."""
-    before = {name: os.environ.get(name) for name in _RETRY_SETTINGS}
-    os.environ.update(_RETRY_SETTINGS)
+    brief = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
+    }
+    before = {name: os.environ.get(name) for name in brief}
+    os.environ.update(brief)
     try:
         yield
     finally:
