@@ -11,9 +11,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorasweep.api import export_sweep, load_report, report_sweep, run_sweep
+    from lorasweep.api import export_sweep, report_sweep, run_sweep
     from lorasweep.core.errors import InputError, LoraSweepError, NothingToReportError
     from lorasweep.deploy.predict import SentimentAnalyzer
+    from lorasweep.report.json_report import load_report
     from lorasweep.spec.loader import load_spec
 
 _HOMES = {
@@ -22,7 +23,7 @@ _HOMES = {
     "NothingToReportError": "lorasweep.core.errors",
     "SentimentAnalyzer": "lorasweep.deploy.predict",
     "export_sweep": "lorasweep.api",
-    "load_report": "lorasweep.api",
+    "load_report": "lorasweep.report.json_report",
     "load_spec": "lorasweep.spec.loader",
     "report_sweep": "lorasweep.api",
     "run_sweep": "lorasweep.api",

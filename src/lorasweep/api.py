@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lorasweep.core.errors import NothingToReportError, Problem, StorageError
+from lorasweep.core.errors import NothingToReportError
 from lorasweep.core.records import FinishedSweep
 from lorasweep.deploy.export import export
 from lorasweep.executors.in_process import OpenSweep, finish, must_exist, open_sweep, train
-from lorasweep.report.write import write_report
+from lorasweep.report.json_report import load_report
+from lorasweep.report.write import RESULTS, write_report
 from lorasweep.spec.loader import load_spec
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.conclude import winner_of
 from lorasweep.sweep.events import Listener, nobody
 from lorasweep.sweep.worker import SweepResult
 
-RESULTS_FILE = "fine_tuning_results.json"
+__all__ = ["SweepReport", "export_sweep", "load_report", "report_sweep", "run_sweep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class SweepReport:
     @property
     def results(self) -> Path:
         """The path of ``fine_tuning_results.json``."""
-        return self.page.parent / RESULTS_FILE
+        return self.page.parent / RESULTS
 
 
 def run_sweep(
@@ -134,26 +133,6 @@ def export_sweep(
             "data_fingerprint": prepared.corpus.fingerprint,
         }
         return export(prepared.base, prepared.paths.adapter(best.number), to, manifest)
-
-
-def load_report(path: str | Path) -> dict[str, Any]:
-    """Read ``fine_tuning_results.json``, from its own path or the folder that holds it.
-
-    Raises:
-        StorageError: When there is no such report.
-    """
-    file = Path(path)
-    file = file / RESULTS_FILE if file.is_dir() else file
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        advice = "lorasweep report writes it."
-        raise StorageError(Problem(str(file), "there is no such report", advice)) from None
-    except ValueError as error:
-        raise StorageError(Problem(str(file), f"is not a report: {error}")) from None
-    if not isinstance(results, dict) or "schema_version" not in results:
-        raise StorageError(Problem(str(file), "is not a report: it has no schema_version"))
-    return results
 
 
 def _spec(spec: Spec | str | Path, overrides: Iterable[str]) -> Spec:

@@ -56,16 +56,23 @@ class Console:
 
     def result(self, spec_file: str, finished: FinishedSweep, page: Path) -> None:
         """The end of a sweep: winner, comparison, report, UI."""
-        from lorasweep.report.headline import headline
+        from lorasweep.report.collect import collect
+        from lorasweep.report.wording import cautions, conclusion, verdict_sentence
 
-        lines = headline(finished)
+        test = collect(finished).test
+        told = [conclusion(finished, test)]
+        if test is not None:
+            others = (c for c in test.comparisons.values() if c is not test.strongest)
+            told += [verdict_sentence(comparison) for comparison in others]
+        warned = cautions(finished, test)
         if self._as_json:
             print_json(
                 {
                     "event": "finished",
                     "name": finished.name,
                     "best": finished.best,
-                    "conclusions": lines,
+                    "conclusions": told,
+                    "cautions": warned,
                     "report": str(page),
                     "results": str(page.parent / "fine_tuning_results.json"),
                 }
@@ -73,13 +80,12 @@ class Console:
             return
         best = finished.best
         click.echo("")
-        click.echo(
-            f"Best of {len(finished.trials)} trials: {best.number} with validation "
-            f"{finished.objective} {best.score:.4f} (epoch {best.best_epoch})"
-        )
-        click.echo(f"  {format_parameters(best.parameters)}")
-        for line in lines:
-            click.echo(f"  {line}")
+        for sentence in told:
+            click.echo(sentence)
+        for sentence in warned:
+            click.echo(f"Mind: {sentence}")
+        click.echo("")
+        click.echo(f"Winner:  trial {best.number}, {format_parameters(best.parameters)}")
         click.echo(f"Report:  {_short(page)}")
         click.echo(f"Results: {_short(page.parent / 'fine_tuning_results.json')}")
         click.echo(f"Compare: lorasweep ui {shlex.quote(spec_file)}")

@@ -22,7 +22,7 @@ from lorasweep.spec.schema import Spec
 from lorasweep.sweep.conclude import conclude
 from lorasweep.sweep.events import Listener, nobody
 from lorasweep.sweep.prepare import Prepared, check_storage, prepare
-from lorasweep.sweep.worker import SweepResult, Worker
+from lorasweep.sweep.worker import SweepResult, Worker, parent_run
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 
@@ -53,7 +53,12 @@ def open_sweep(spec: Spec, listener: Listener = nobody) -> Iterator[OpenSweep]:
             paths.mlflow_artifacts if spec.tracking.uri == "sqlite" else None,
         )
         study = Study.open(
-            paths.optuna_database, spec.name, spec.search, spec.seed, prepared.identity
+            paths.optuna_database,
+            spec.name,
+            spec.search,
+            spec.seed,
+            prepared.identity,
+            rank=spec.lora.rank,
         )
         yield OpenSweep(prepared, study, tracker)
 
@@ -67,7 +72,7 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
 
 def finish(sweep: OpenSweep, listener: Listener = nobody) -> FinishedSweep:
     """Score the winner on the test split (once) and gather what a report needs."""
-    parent = sweep.tracker.open_sweep(sweep.prepared.spec.name, {})
+    parent = parent_run(sweep.prepared, sweep.study, sweep.tracker)
     return conclude(sweep.prepared, sweep.study, sweep.tracker, parent, listener)
 
 

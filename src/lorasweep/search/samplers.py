@@ -7,6 +7,7 @@ just started again as to one that never stopped.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,12 @@ from lorasweep.core.seeding import derive_seed
 from lorasweep.search import points
 from lorasweep.spec.schema import SearchSpec
 from lorasweep.spec.space import FloatRange, TimesRank
+
+# Without the greenlet package the Gaussian process optimises its candidates one after another,
+# and Optuna warns of that in every process. A point takes well under a second all the same.
+logging.getLogger("optuna._gp.batched_lbfgsb").addFilter(
+    lambda record: "greenlet" not in record.getMessage()
+)
 
 # Optuna's grid keeps every point in memory, shuffled.
 _LARGEST_GRID = 100_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from lorasweep.search.suggest import (
 from lorasweep.spec.schema import SearchSpec
 
 _FINGERPRINT = "fingerprint"
+_ID = "id"
 _FINAL = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
     TrialState.PRUNED: OptunaState.PRUNED,
@@ -156,6 +158,11 @@ class Study(Ledger):
             StorageError: When the database is there and can't be read.
         """
         return ledger.peek(database, name)
+
+    @property
+    def id(self) -> str:
+        """32 hex digits that tell it from an earlier study of the same name that was deleted."""
+        return str(self._study.user_attrs[_ID])
 
     # ---- asking ----------------------------------------------------------------------
 
@@ -394,6 +401,7 @@ def _create_or_compare(
             what = f"has a study {name!r} that another program made"
             raise ConflictError(Problem(str(database), what, "Give the sweep another name."))
         # A kill between the two writes leaves a study without trials, and it is taken over.
+        study.set_user_attr(_ID, uuid.uuid4().hex)
         study.set_user_attr(_FINGERPRINT, fingerprint)
         return
     differing = sorted(

@@ -50,6 +50,8 @@ def conclude(
     finalists = Finalists(prepared, best, listener)
     test = finalists.test_predictions()
     samples = finalists.samples()
+    facts = study.facts(best.number)
+    assert facts is not None, "a completed trial was started, and then its facts were stored"
     _register(prepared, best, tracker, listener)
     return FinishedSweep(
         name=spec.name,
@@ -66,7 +68,7 @@ def conclude(
         seeds={"sweep": spec.seed, "best_trial": best.seed},
         trials=study.records(),
         best=best,
-        facts=study.facts(best.number),
+        facts=facts,
         test=test,
         samples=samples,
         openings=finalists.openings,

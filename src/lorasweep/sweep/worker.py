@@ -129,7 +129,7 @@ class Worker:
         parent = self._tracker.open_sweep(
             spec.name,
             {
-                "lorasweep.spec": prepared.fingerprint,
+                **identity_tags(prepared, self._study),
                 "lorasweep.objective": spec.search.objective,
                 "lorasweep.engine": self._engine_reason,
                 "lorasweep.git_commit": str(environment.get("git_commit") or "none"),
@@ -189,11 +189,7 @@ class Worker:
             spec, asked.number, asked.seed, asked.parameters, paths.trial(asked.number)
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
-        tags = {
-            "lorasweep.study": spec.name,
-            "lorasweep.trial": str(asked.number),
-            "lorasweep.spec": self._prepared.fingerprint,
-        }
+        tags = identity_tags(self._prepared, self._study)
         if asked.retry_of is not None:
             tags["lorasweep.retry_of"] = run_name(asked.retry_of)
         run_id = self._tracker.start_trial(parent, asked.number, _params(plan), tags)
@@ -229,6 +225,17 @@ class Worker:
                 self._tracker.finish(self._run_ids[number], TrialState.INTERRUPTED)
             record = next(r for r in self._study.records() if r.number == number)
             self._listener(TrialEnded(record, self._study.best()))
+
+
+def identity_tags(prepared: Prepared, study: Study) -> dict[str, str]:
+    """What ties a run to this spec and to this study, and to no earlier one of the same name."""
+    return {"lorasweep.spec": prepared.fingerprint, "lorasweep.study_id": study.id}
+
+
+def parent_run(prepared: Prepared, study: Study, tracker: MlflowTracker) -> str:
+    """The sweep's parent run, left as it stands; a new one if the tracker was changed since."""
+    name, tags = prepared.spec.name, identity_tags(prepared, study)
+    return tracker.find_sweep(name, tags) or tracker.open_sweep(name, tags)
 
 
 def _params(plan: TrialPlan) -> dict[str, bool | int | float | str | None]:
