@@ -36,52 +36,63 @@ def read_json_lines(origin: str, path: Path, content: str, text: str, label: str
     with throw_away_cache() as cache:
         lines = datasets.Dataset.from_text(str(path), cache_dir=cache, encoding="utf-8-sig")["text"]
         rows, problems = _parsed(origin, lines[:])
-    refuse(problems)
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    refuse(
-        [
-            missing_column(origin, key, column, columns)
-            for key, column in (("text", text), ("label", label))
-            if column not in columns
-        ]
-    )
-    texts: list[str] = []
+    missing = [
+        missing_column(origin, key, column, columns)
+        for key, column in (("text", text), ("label", label))
+        if column not in columns
+    ]
+    if rows and not missing:
+        missing = _faults(origin, rows, text, label)
+    refuse(problems + missing)
+    texts = tuple(str(row[text]) for _, row in rows)
+    labels: tuple[LabelValue | None, ...] = tuple(row.get(label) for _, row in rows)
+    return RawTable(origin, path.stem, "line", tuple(line for line, _ in rows), texts, labels)
+
+
+def _faults(
+    origin: str, rows: Sequence[tuple[int, dict[str, Any]]], text: str, label: str
+) -> list[Problem]:
+    """Tell values that can't serve as text or label, the lines of each fault together."""
     faults: dict[str, list[int]] = {}
     for line, row in rows:
-        value = row.get(text)
-        fault = _text_fault(text, row, value)
-        if fault:
-            faults.setdefault(fault, []).append(line)
-        texts.append(value if isinstance(value, str) else "")
-    problems = [located(origin, "line", at, f"{what} ({{places}})") for what, at in faults.items()]
-    labels: list[LabelValue | None] = []
-    wrong: list[int] = []
-    for line, row in rows:
-        value = row.get(label)
-        if isinstance(value, dict | list):
-            wrong.append(line)
-        labels.append(None if isinstance(value, dict | list) else value)
-    if wrong:
-        what = f"the label {label!r} is a list or an object ({{places}})"
-        problems.append(located(origin, "line", wrong, what, "Give one label a text."))
-    refuse(problems)
-    places = tuple(line for line, _ in rows)
-    return RawTable(origin, path.stem, "line", places, tuple(texts), tuple(labels))
+        for fault in (_text_fault(text, row), _label_fault(label, row.get(label))):
+            if fault:
+                faults.setdefault(fault, []).append(line)
+    advice = "Mend or remove what is told."
+    return [
+        located(origin, "line", lines, f"{what} ({{places}})", advice)
+        for what, lines in faults.items()
+    ]
 
 
-def _text_fault(column: str, row: dict[str, Any], value: object) -> str:
+def _label_fault(column: str, value: object) -> str:
+    """Say why a JSON value can't serve as a label, or return an empty string."""
+    if isinstance(value, dict | list):
+        return f"the label {column!r} is a list or an object, expected one label a text"
+    if isinstance(value, str) and not _encodable(value):
+        return f"the label {column!r} holds half of a surrogate pair"
+    return ""
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_fault(column: str, row: dict[str, Any]) -> str:
     """Say why a JSON value can't serve as a text, or return an empty string."""
     if column not in row:
         return f"no text {column!r}"
+    value = row[column]
     if value is None:
         return f"the text {column!r} is null"
     if not isinstance(value, str):
         return f"the text {column!r} is a {type(value).__name__}, not a string"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"the text {column!r} holds half of a surrogate pair"
-    return ""
+    return "" if _encodable(value) else f"the text {column!r} holds half of a surrogate pair"
 
 
 def _parsed(
@@ -94,8 +105,8 @@ def _parsed(
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        except (ValueError, RecursionError) as error:  # ValueError: also a number too long to read
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             shown = line if len(line) <= 60 else f"{line[:57]}..."
             what = f"isn't JSON ({reason}): {shown}"
             problems.append(located(origin, "line", [number], what, "Mend or remove the line."))

@@ -13,7 +13,7 @@ from lorasweep.data.tables import LabelValue, RawTable, did_you_mean, refuse
 Kind = Literal["number", "bool", "word"]
 Value = int | bool | str
 
-_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+_WHOLE = re.compile(r"[+-]?\d{1,300}(\.0*)?")
 _FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
 # What spreadsheets and pandas write where nothing is. A class of that name must be listed
 # in data.labels; guessing here would either lose rows or train on a class "nan".
@@ -167,8 +167,9 @@ def _unlabelled(table: RawTable, values: list[Value | None]) -> list[Problem]:
     missing = [row for row, value in enumerate(values) if value is None]
     if not missing:
         return []
-    spellings = sorted({str(table.labels[row]) for row in missing if table.labels[row]})
-    what = f"{len(missing)} of {len(table)} rows have no label ({{places}})"
+    written = {str(table.labels[row] or "").strip() for row in missing}
+    spellings = sorted(written - {""})
+    what = f"no label in {len(missing)} of {len(table)} rows ({{places}})"
     if spellings:
         what += f"; {', '.join(map(repr, spellings))} count as none"
     advice = "Label them, or set data.clean.drop_unlabelled: true to leave them out."

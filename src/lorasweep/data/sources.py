@@ -111,8 +111,9 @@ def _why_not(source: HubSource, path: str, split: str, error: Exception) -> Prob
         if (source.config or "default") not in configs and not (
             source.config is None and len(configs) == 1
         ):
-            what = f"has no configuration {source.config!r}" if source.config else "needs one"
-            what = what if source.config else "has several configurations and none is named"
+            what = "has several configurations, none is named"
+            if source.config:
+                what = f"has no configuration {source.config!r}"
             hint = did_you_mean(source.config or "", configs)
             advice = f"{hint} Set data.source.config to one of {', '.join(configs)}.".strip()
             return Problem(source.path, what, advice)
@@ -138,15 +139,14 @@ def _generated(source: EmbeddedSource, seed: int) -> dict[str, RawTable]:
     reviews = generate_reviews(source.size, seed)
     tables = {}
     for split, rows in (("train", reviews.train), ("test", reviews.test)):
-        texts, labels, tags = zip(*rows, strict=True)
         tables[split] = RawTable(
             origin=f"embedded/{source.name} {split}",
             stem=split,
             unit="row",
-            places=tuple(range(1, len(texts) + 1)),
-            texts=texts,
-            labels=labels,
+            places=tuple(range(1, len(rows) + 1)),
+            texts=tuple(review.text for review in rows),
+            labels=tuple(review.label for review in rows),
             class_names=("negative", "positive"),
-            tags=tuple(map(tuple, tags)),
+            tags=tuple(review.tags for review in rows),
         )
     return tables
