@@ -140,7 +140,11 @@ def test_metrics_keep_their_steps_and_what_is_not_finite(tracker: Tracker, read:
 
 @pytest.mark.parametrize(("state", "status"), FINAL)
 def test_the_final_status_is_true_and_written_once(
-    tracker: Tracker, read: Read, state: TrialState, status: str
+    tracker: Tracker,
+    read: Read,
+    state: TrialState,
+    status: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     parent = tracker.open_sweep("reviews", {})
     run_id = tracker.start_trial(parent, 0, {}, {})
@@ -153,6 +157,7 @@ def test_the_final_status_is_true_and_written_once(
     again = read(run_id)
     assert (again.info.status, again.info.end_time) == (status, first.info.end_time)
     assert again.data.tags["lorasweep.state"] == state.value
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_sweep_that_goes_on_is_running_again(tracker: Tracker, read: Read) -> None:

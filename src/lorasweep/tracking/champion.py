@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ ALIAS = "champion"
 
 _MODEL_TAG = "lorasweep.model_id"  # a version that is searched for comes without its model's id
 _BATCH_SIZE = 32
-_BARS = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas")
 
 
@@ -210,18 +208,13 @@ def _register(client: MlflowClient, name: str, run_id: str, model_id: str) -> Ch
 def _no_bars() -> Iterator[None]:
     """Keep the progress bars of MLflow and transformers off the terminal: it has a live view."""
     shown = transformers_logging.is_progress_bar_enabled()
-    before = os.environ.get(_BARS)
     transformers_logging.disable_progress_bar()
-    os.environ[_BARS] = "false"
     try:
-        yield
+        with store.settings({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+            yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-        if before is None:
-            del os.environ[_BARS]
-        else:
-            os.environ[_BARS] = before
 
 
 def _signature(label_names: Sequence[str]) -> ModelSignature:

@@ -244,7 +244,9 @@ class MlflowTracker:
                 return
             # The tag first: if we die in between, the run is still open and is closed again.
             self.set_tags(run_id, {STATE_TAG: state.value})
-            self.client.set_terminated(run_id, _FINAL[state])
+            # On a server it would print the run's address, into the middle of a live view.
+            with store.settings({"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}):
+                self.client.set_terminated(run_id, _FINAL[state])
 
     # -------------------------------------------------------------------------- plumbing
 

@@ -14,8 +14,8 @@ import socket
 import sqlite3
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -259,14 +259,10 @@ def _check_database(uri: str) -> None:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
-    """Have MLflow try once and briefly; it reads both settings from the environment only."""
-    brief = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
-    }
-    before = {name: os.environ.get(name) for name in brief}
-    os.environ.update(brief)
+def settings(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while: much of MLflow can be told in no other way."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
@@ -275,6 +271,16 @@ def _impatient() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _impatient() -> AbstractContextManager[None]:
+    """Have MLflow ask a server once and briefly."""
+    return settings(
+        {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
+        }
+    )
 
 
 def _quiet() -> None:
