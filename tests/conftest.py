@@ -154,3 +154,67 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return made[key]
 
     return make
+
+
+# --------------------------------------------------------------------------------------
+# small_sweep(tmp_path): a whole sweep that takes seconds
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.csv (120 rows) and test.csv (60 rows), learnable from one word a text."""
+    import csv
+    import itertools
+
+    folder = tmp_path_factory.mktemp("reviews")
+    good, bad = ("great", "fine", "very good"), ("dull", "awful", "bad")
+    nouns = ("the film", "this movie", "it", "the movie", "this film", "a film")
+    fillers = [f"number {n}" for n in range(5)]
+    rows = [
+        (f"{noun} was {word} , {filler}", label)
+        for label, words in ((0, bad), (1, good))
+        for noun, word, filler in itertools.product(nouns, words, fillers)
+    ]
+    # Every third row is held out, so that train and test hold the same words in other company.
+    parts = {"train": [r for at, r in enumerate(rows) if at % 3], "test": rows[::3]}
+    for name, chosen in parts.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("text", "label"), *chosen])
+    return folder
+
+
+@pytest.fixture
+def small_sweep(
+    tmp_path: Path,
+    tiny_base_folder: Callable[..., Path],
+    small_reviews: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The path of a spec of three quick trials; the current folder is the test's own."""
+    monkeypatch.chdir(tmp_path)
+    spec = tmp_path / "small.yaml"
+    spec.write_text(
+        f"""\
+name: small
+seed: 7
+model: {{name: "{tiny_base_folder("bert")}", max_length: 32}}
+data:
+  source: {{kind: files, train: "{small_reviews}/train.csv", test: "{small_reviews}/test.csv"}}
+  labels: [negative, positive]
+  split: {{validation: 0.25, strategy: stratified}}
+training: {{batch_size: 8, precision: fp32, log_every: 5}}
+search:
+  trials: 3
+  sampler: {{kind: tpe, startup_trials: 2}}
+  pruner: {{kind: none}}
+  space:
+    learning_rate: {{low: 1.0e-3, high: 3.0e-2, log: true}}
+    epochs: {{choices: [1, 2]}}
+    rank: {{choices: [2, 4]}}
+    alpha: {{times_rank: [1, 2]}}
+baselines: [untrained, majority]
+""",
+        encoding="utf-8",
+    )
+    return spec
