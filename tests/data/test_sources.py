@@ -114,7 +114,9 @@ def test_a_changed_file_is_read_anew_and_nothing_is_left_behind(
 # ------------------------------------------------------------------ what is wrong
 
 
-def test_faults_of_files_are_told_with_advice(tmp_path: Path) -> None:
+def test_faults_of_files_are_told_with_advice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "train.csv").write_text("", encoding="utf-8")
     (tmp_path / "header.csv").write_text("text,label\n", encoding="utf-8")
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
@@ -128,6 +130,7 @@ def test_faults_of_files_are_told_with_advice(tmp_path: Path) -> None:
     assert ".jsonl" in told(tmp_path / "notes.txt")[0]
     assert "UTF-16" in told(tmp_path / "wide.csv")[0]
     assert "can't be read as Parquet" in told(tmp_path / "broken.parquet")[0]
+    assert capfd.readouterr().err == ""  # `datasets` doesn't log what we tell
 
 
 def test_undecodable_bytes_are_told_by_line_whatever_ends_it(tmp_path: Path) -> None:
@@ -151,6 +154,13 @@ def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.csv"
     path.write_text("text,label,label\na,1,0\n", encoding="utf-8")
     assert "names the label column 'label' 2 times" in told(path)[0]
+
+
+def test_another_separator_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_text("text;label\na;1\n", encoding="utf-8")
+    (problem,) = told(path)
+    assert "the header has no ',', but ';'" in problem
 
 
 def test_ragged_rows_and_quotes_are_told_together(tmp_path: Path) -> None:
@@ -276,7 +286,11 @@ def test_a_folder_in_hub_layout(
     assert len(sliced["train"]) == 2
 
 
-def test_what_a_hub_data_set_lacks_is_told_once(hub_folder: Path) -> None:
+def test_what_a_hub_data_set_lacks_is_told_once(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
     def told_of(**values: object) -> str:
         with pytest.raises(DataError) as caught:
             read_source(hub(hub_folder, **values), 1)
@@ -288,6 +302,7 @@ def test_what_a_hub_data_set_lacks_is_told_once(hub_folder: Path) -> None:
     missing = told_of(config="short", test="test")
     assert "has no split 'test'" in missing
     assert "train, validation" in missing
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_hub_data_set_out_of_reach_is_a_sentence(tmp_path: Path) -> None:

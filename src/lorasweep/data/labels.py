@@ -296,7 +296,7 @@ def check_counts(origin: str, names: tuple[str, ...], labels: tuple[int, ...]) -
         rows = labels.count(at)
         if rows < 2:
             left = "a single row" if rows else "no row"
-            what = f"the class {name!r} has {left} left after cleaning, expected two or more"
+            what = f"the class {name!r} has {left} left to learn from, expected two or more"
             problems.append(Problem(origin, what, "Add rows, or leave the class out."))
     if problems:
         raise DataError(problems)

@@ -38,11 +38,11 @@ def measure_leakage(train: TextSplit, held_out: TextSplit) -> LeakageReport:
 
 def _lying_inside(inner: Iterable[Words], outer: Sequence[Words]) -> set[Words]:
     """Return the texts of ``inner`` that are a run of words of some text of ``outer``."""
-    waiting = _by_first_words(inner)
+    waiting, heads = _by_first_words(inner)
     found: set[Words] = set()
     for text in outer:
         for at in range(len(text)):
-            for head in _HEADS:
+            for head in heads:
                 candidates = waiting.get(text[at : at + head])
                 if not candidates:
                     continue
@@ -56,22 +56,23 @@ def _lying_inside(inner: Iterable[Words], outer: Sequence[Words]) -> set[Words]:
 
 def _containing(outer: Iterable[Words], inner: Sequence[Words]) -> set[Words]:
     """Return the texts of ``outer`` that some text of ``inner`` is a run of words of."""
-    waiting = _by_first_words(inner)
-    return {text for text in outer if _contains_any(text, waiting)}
+    waiting, heads = _by_first_words(inner)
+    return {text for text in outer if _contains_any(text, waiting, heads)}
 
 
-def _contains_any(text: Words, waiting: dict[Words, set[Words]]) -> bool:
+def _contains_any(text: Words, waiting: dict[Words, set[Words]], heads: Sequence[int]) -> bool:
     return any(
         text[at : at + len(some)] == some
         for at in range(len(text) - _LONG + 1)
-        for head in _HEADS
+        for head in heads
         for some in waiting.get(text[at : at + head], ())
     )
 
 
-def _by_first_words(texts: Iterable[Words]) -> dict[Words, set[Words]]:
+def _by_first_words(texts: Iterable[Words]) -> tuple[dict[Words, set[Words]], list[int]]:
+    """Index texts by their first words; also return how many words the index goes by."""
     index: defaultdict[Words, set[Words]] = defaultdict(set)
     for text in texts:
         head = max(length for length in _HEADS if length <= len(text))
         index[text[:head]].add(text)
-    return dict(index)
+    return dict(index), sorted({len(head) for head in index})

@@ -87,6 +87,13 @@ def read_separated(
     for key, column in (("text", text), ("label", label)):
         if column not in header:
             problems.append(missing_column(origin, key, column, header, header_line))
+            other = next(
+                (mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None
+            )
+            if len(header) == 1 and other:
+                what = f"the header has no {delimiter!r}, but {other!r}"
+                advice = "Separate a .csv by commas and a .tsv by tabs."
+                raise DataError(located(origin, "line", [header_line], what, advice))
         elif header.count(column) > 1:
             what = f"the header names the {key} column {column!r} {header.count(column)} times"
             problems.append(located(origin, "line", [header_line], what, "Rename the others."))

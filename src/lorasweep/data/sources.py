@@ -94,11 +94,13 @@ def _from_hub(source: HubSource, split: str, text: str, label: str, cache: str) 
         )
     except Exception as error:
         # The Hub's client, its transport and the file readers share no base class.
-        raise DataError(_why_not(source, path, split, error)) from error
+        raise DataError(_why_not(source, path, split, error, cache if local else None)) from error
     return typed_table(table, origin, split, text, label)
 
 
-def _why_not(source: HubSource, path: str, split: str, error: Exception) -> Problem:
+def _why_not(
+    source: HubSource, path: str, split: str, error: Exception, cache: str | None
+) -> Problem:
     """Find out which part of the name is wrong: the data set, its configuration or its split."""
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     unknown = Problem(
@@ -117,7 +119,9 @@ def _why_not(source: HubSource, path: str, split: str, error: Exception) -> Prob
             hint = did_you_mean(source.config or "", configs)
             advice = f"{hint} Set data.source.config to one of {', '.join(configs)}.".strip()
             return Problem(source.path, what, advice)
-        splits = datasets.get_dataset_split_names(path, source.config, revision=source.revision)
+        splits = datasets.get_dataset_split_names(
+            path, source.config, revision=source.revision, cache_dir=cache
+        )
     except Exception:
         # Asking failed as loading did: the first reason is the one to tell.
         return unknown

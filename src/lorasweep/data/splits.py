@@ -28,7 +28,7 @@ Rows = NDArray[np.int64]
 # A text that lies in more others than this no longer ties them together, but only when whole
 # groups can't fill this part of the share. The last step leaves each text by itself.
 _WHOLE = 2**62
-_CUTS = (64, 16, 4, 1, 0)
+_CUTS = (1024, 256, 64, 16, 4, 1, 0)
 _ENOUGH = 0.5
 
 
@@ -155,7 +155,7 @@ def _grouped(
             f"that lie in more than {used} others were separated from them."
         )
     if len(best) < 0.9 * wanted:
-        notes.append(f"{len(best)} rows were held out, not {round(wanted)}: groups are never cut.")
+        notes.append(f"{len(best)} rows were held out, not {round(wanted)}: no other group fits.")
     return best, tuple(notes)
 
 

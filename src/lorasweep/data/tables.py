@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,17 +110,21 @@ def refuse(problems: Sequence[Problem]) -> None:
 
 @contextmanager
 def throw_away_cache() -> Iterator[str]:
-    """Give `datasets` a cache folder that is gone afterwards, and keep its progress bars quiet.
+    """Give `datasets` a cache folder that is gone afterwards, and keep it off the terminal.
 
     Its cache is keyed by path and time of change: it would fill the disk with copies, and give
     old rows for a file that was rewritten within the clock's tick.
     """
     bars = datasets.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    # It logs what it then raises; one sentence about a fault is enough.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     # Windows can't delete a file that Arrow still maps; the system's own sweep will.
     with tempfile.TemporaryDirectory(prefix="lorasweep-", ignore_cleanup_errors=True) as folder:
         try:
             yield folder
         finally:
+            datasets.logging.set_verbosity(verbosity)
             if bars:
                 datasets.enable_progress_bars()
