@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from lorasweep.core.records import (
     TrialState,
     Verdict,
 )
+from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.base import Base, open_base
 from lorasweep.model.checkpoint import load_finetuned
@@ -48,7 +50,12 @@ class EngineCase:
     tolerance: float
 
 
-ENGINES = {"trainer": EngineCase(TrainerEngine, tolerance=0.0)}
+ENGINES = {
+    "trainer": EngineCase(TrainerEngine, tolerance=0.0),
+    # Sums are taken in another order among other neighbours: equal up to rounding.
+    "packed, one lane": EngineCase(partial(PackedEngine, lanes=1), tolerance=1e-5),
+    "packed, three lanes": EngineCase(partial(PackedEngine, lanes=3), tolerance=1e-5),
+}
 
 
 @dataclass

@@ -1,0 +1,301 @@
+"""Many LoRA adapters on one frozen base: the model of a pack.
+
+The base is loaded once and changed in place: its linear layers can carry one adapter per lane,
+its newly initialised modules have weights per lane, its dropouts are keyed, and attention
+knows where rows end. After the last layer only each row's first token (or mean) goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lorasweep.core.errors import ModelError, Problem
+from lorasweep.model.adapter import trained_whole
+from lorasweep.model.base import FreshClassifier
+from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
+from lorasweep.model.packed_attention import PACKED, register
+from lorasweep.model.packed_batch import PackedBatch
+from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte
+from lorasweep.model.packed_modules import (
+    AdaptableLinear,
+    KeyedDropout,
+    LaneLayerNorm,
+    LaneLinearLayer,
+    first_tokens,
+    replace_output,
+    row_means,
+)
+
+_PREFIX = "base_model.model."
+_ADAPTER = "default"
+# PEFT's scaling is exact in float32; ranks are padded to this, since narrower products on
+# CUDA must be 16 bytes wide.
+_RANK_STEP = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSettings:
+    """What of a lane's adapter is not a weight.
+
+    Attributes:
+        scaling: ``alpha / rank``.
+        dropout: On the adapter's input.
+    """
+
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The batch as layers see it: token by token, or (after pooling) row by row.
+
+    Attributes:
+        ends: One past each lane's last entry, int32 ``(lanes,)``.
+        lane: Each entry's lane, int64 ``(entries,)``.
+        streams: Dropout streams, int64 ``(entries,)``; None outside training.
+        scaling: Of each entry's adapter, ``(entries, 1)``, dropout's rescaling included.
+        rate: Dropout byte of each entry's adapter, uint8 ``(entries, 1)``; None where no
+            lane drops anything.
+    """
+
+    ends: Tensor
+    lane: Tensor
+    streams: Tensor | None
+    scaling: Tensor
+    rate: Tensor | None
+
+
+class PackedModel:
+    """A base with as many adapters and heads as there are lanes.
+
+    Args:
+        fresh: A base just loaded; it is changed in place and belongs to the pack from now on.
+        device: Where to compute.
+        dtype: Of the base's weights and activations; adapters and heads are float32 (or
+            float64 with a float64 base).
+
+    Raises:
+        ModelError: The architecture has a part that a pack can't carry.
+
+    Attributes:
+        weights: What is trained, of all lanes.
+        batch: The batch of the current pass.
+    """
+
+    batch: PackedBatch
+
+    def __init__(
+        self, fresh: FreshClassifier, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.base = fresh.base
+        self.device = device
+        self.dtype = dtype
+        self.weights = LaneWeights(device, torch.promote_types(dtype, torch.float32))
+        self.whole = trained_whole(fresh)
+        self.model = fresh.model
+        self._sides: dict[int, Side] = {}
+        self._settings: list[LaneSettings] = []
+        self._replace_modules()
+        self._place_hooks()
+        # Buffers such as rotary frequencies keep their precision.
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(device, dtype)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        self.position_offset = self._position_offset()
+
+    # -- lanes -------------------------------------------------------------------------
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes there are."""
+        return self.weights.lanes
+
+    def blocks(self, peft_model: PeftModel) -> list[Block]:
+        """Describe what a PEFT model trains, in the pack's names, its rank padded."""
+        decaying = set(Trainer.get_decay_parameter_names(None, peft_model))
+        found = []
+        for name, parameter, full_name in trained_parameters(peft_model):
+            shape = list(parameter.shape)
+            if name.endswith(("lora_A", "lora_B")):
+                axis = 0 if name.endswith("lora_A") else 1
+                shape[axis] = -(-shape[axis] // _RANK_STEP) * _RANK_STEP
+            found.append(Block(name, tuple(shape), full_name in decaying))
+        return found
+
+    def add_lane(self, peft_model: PeftModel, settings: LaneSettings) -> int:
+        """Append a lane that starts from a PEFT model's own first weights."""
+        values = {name: value.detach() for name, value, _ in trained_parameters(peft_model)}
+        self._settings.append(settings)
+        return self.weights.add(self.blocks(peft_model), values)
+
+    def lane_state(self, lane: int, peft_model: PeftModel) -> LaneState:
+        """Copy a lane's weights and moments, to be restored later."""
+        shapes = {name: value.shape for name, value, _ in trained_parameters(peft_model)}
+        return self.weights.state(lane, shapes)
+
+    def restore_lane(self, peft_model: PeftModel, settings: LaneSettings, state: LaneState) -> int:
+        """Append a lane that was taken out before, where it left off."""
+        self._settings.append(settings)
+        return self.weights.restore(self.blocks(peft_model), state)
+
+    def keep_lanes(self, lanes: list[int]) -> None:
+        """Keep only these lanes, in this order: by selection, so that no NaN comes along."""
+        self._settings = [self._settings[lane] for lane in lanes]
+        self.weights.keep(lanes)
+
+    def write_lane(self, lane: int, peft_model: PeftModel) -> None:
+        """Write a lane's weights back into its PEFT model."""
+        for name, parameter, _ in trained_parameters(peft_model):
+            corner = tuple(slice(n) for n in parameter.shape)
+            parameter.data = self.weights.parameter(name).detach()[lane][corner].clone().cpu()
+
+    # -- a pass ------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch, *, training: bool) -> Tensor:
+        """Return logits, float32 ``(rows, labels)``, in the batch's row order."""
+        self.batch = batch
+        self._sides = {}
+        self._make_sides(training)
+        self.model.train(training)
+        output = self.model(
+            input_ids=batch.ids,
+            position_ids=batch.positions + self.position_offset,
+            attention_mask=self._attention_mask(),
+        )
+        logits: Tensor = output.logits
+        return logits.to(self.weights.dtype)
+
+    def side(self, entries: int) -> Side:
+        """Return the batch as seen by a layer with this many input vectors."""
+        return self._sides[entries]
+
+    def _make_sides(self, training: bool) -> None:
+        batch = self.batch
+        rates = [rate_byte(setting.dropout) if training else 0 for setting in self._settings]
+        scales = [
+            setting.scaling * (kept_scale(setting.dropout) if training else 1.0)
+            for setting in self._settings
+        ]
+        scaling = torch.tensor(scales, device=self.device, dtype=self.weights.dtype)
+        rate = torch.tensor(rates, device=self.device, dtype=torch.uint8) if any(rates) else None
+        for ends, lane, streams in (
+            (batch.row_ends, batch.row_lane, batch.row_streams),
+            (batch.token_ends, batch.token_lane, batch.streams),
+        ):
+            self._sides[len(lane)] = Side(
+                ends=ends,
+                lane=lane,
+                streams=streams,
+                scaling=scaling.index_select(0, lane).unsqueeze(1),
+                rate=None if rate is None else rate.index_select(0, lane).unsqueeze(1),
+            )
+
+    def _attention_mask(self) -> Tensor | None:
+        """None, but for ModernBERT's mean, which divides by it after the rows were averaged."""
+        if not self._pools_means:
+            return None
+        return torch.ones(len(self.batch.first), 1, device=self.device, dtype=torch.int64)
+
+    # -- changing the base -------------------------------------------------------------
+
+    def _replace_modules(self) -> None:
+        owned = {}
+        for name in self.whole:
+            for inner, module in self.model.get_submodule(name).named_modules():
+                owned[".".join(filter(None, (name, inner)))] = module
+        for name, module in list(self.model.named_modules()):
+            new = self._replacement(name, module, name in owned)
+            if new is not None:
+                self.model.set_submodule(name, new)
+            module.__dict__["pack"] = self
+            module.__dict__["pack_key"] = module_key(f"{name}.weights")
+        register()
+        self.model.config._attn_implementation = PACKED
+
+    def _replacement(self, name: str, module: nn.Module, whole: bool) -> nn.Module | None:
+        if isinstance(module, nn.Dropout):
+            return KeyedDropout(self, name, module.p)
+        if not whole:
+            return AdaptableLinear(self, name, module) if isinstance(module, nn.Linear) else None
+        if isinstance(module, nn.Linear):
+            return LaneLinearLayer(self, name, module)
+        if isinstance(module, nn.LayerNorm):
+            return LaneLayerNorm(self, name, module)
+        if next(module.parameters(recurse=False), None) is not None:
+            raise self._unfit(f"{name} is a {type(module).__name__} that each trial trains")
+        return None
+
+    def _place_hooks(self) -> None:
+        self._pools_means = getattr(self.model.config, "classifier_pooling", "cls") == "mean"
+        encoder = self.model.base_model
+        count = self.model.config.num_hidden_layers
+        stacks = [
+            module
+            for _, module in encoder.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        if not stacks:
+            raise self._unfit("its layers were not found")
+        last = encoder.final_norm if self._pools_means else stacks[0][-1]
+        last.register_forward_hook(
+            replace_output(row_means if self._pools_means else first_tokens, self)
+        )
+
+    def _position_offset(self) -> int:
+        """RoBERTa counts positions from its padding id + 1, and says so by a padding row."""
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return 0 if module.padding_idx is None else module.padding_idx + 1
+        return 0
+
+    def _unfit(self, why: str) -> ModelError:
+        return ModelError(
+            Problem(
+                f"model.name {self.base.name}",
+                f"the packed engine can't carry this {self.base.architecture}: {why}",
+                "Use engine: trainer.",
+            )
+        )
+
+
+def trained_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Yield what a PEFT model trains: the pack's name, the parameter, and PEFT's own name."""
+    for full_name, module in model.named_modules():
+        name = full_name.removeprefix(_PREFIX)
+        if isinstance(module, LoraLayer):
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(module, part)[_ADAPTER].weight
+                yield f"{name}.{part}", weight, f"{full_name}.{part}.{_ADAPTER}.weight"
+        elif isinstance(module, ModulesToSaveWrapper):
+            copy = module.modules_to_save[_ADAPTER]
+            for inner, parameter in copy.named_parameters():
+                yield (
+                    f"{name}.{inner}",
+                    parameter,
+                    f"{full_name}.modules_to_save.{_ADAPTER}.{inner}",
+                )
+
+
+def release_frozen(model: PeftModel) -> None:
+    """Let go of a PEFT model's frozen weights: the pack has its own, and only one copy."""
+    trained = {id(parameter) for _, parameter, _ in trained_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.data = parameter.data.new_empty(0)
+
+
+def lane_values(weights: LaneWeights, lane: int) -> Mapping[str, Any]:
+    """Return a lane's weights by name, padded as the pack holds them (for tests and checks)."""
+    return {name: weights.parameter(name).detach()[lane] for name in weights.blocks}

@@ -1,0 +1,151 @@
+"""What replaces the layers of a base so that one forward pass serves all lanes.
+
+The model's own code runs unchanged, on one row of all lanes' tokens, ``(1, tokens, hidden)``.
+These modules know the pack's batch, and so which token belongs to whom.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorasweep.model.packed_dropout import kept_mask, kept_scale, module_key, rate_byte
+from lorasweep.model.packed_products import adapted_linear, lane_linear
+
+if TYPE_CHECKING:
+    from lorasweep.model.packed_lora import PackedModel
+
+
+class PackedModule(nn.Module):
+    """A module of the pack: it knows its own name and the pack.
+
+    Args:
+        pack: The pack; not a submodule, so that it isn't moved, counted or saved.
+        name: Full name in the base.
+    """
+
+    def __init__(self, pack: PackedModel, name: str) -> None:
+        super().__init__()
+        self.__dict__["pack"] = pack
+        self.name = name
+        self.key = module_key(name)
+
+
+class AdaptableLinear(PackedModule):
+    """A frozen linear layer that carries the LoRA of those lanes that adapt it."""
+
+    def __init__(self, pack: PackedModel, name: str, frozen: nn.Linear) -> None:
+        super().__init__(pack, name)
+        self.weight = frozen.weight
+        self.bias = frozen.bias
+        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.down, self.up = f"{name}.lora_A", f"{name}.lora_B"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(…, in)``: all tokens, or one vector a row."""
+        weights = self.pack.weights
+        if self.down not in weights:
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(-1, self.in_features)
+        side = self.pack.side(flat.shape[0])
+        kept = None
+        if side.rate is not None and side.streams is not None:
+            kept = kept_mask(side.streams, self.key, self.in_features, side.rate)
+        y = adapted_linear(
+            flat,
+            weights.parameter(self.down),
+            weights.parameter(self.up),
+            self.weight,
+            self.bias,
+            side.scaling,
+            kept,
+            side.ends,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class LaneLinearLayer(PackedModule):
+    """A linear layer that is trained as a whole: every lane has its own, in float32."""
+
+    def __init__(self, pack: PackedModel, name: str, replaced: nn.Linear) -> None:
+        super().__init__(pack, name)
+        self.out_features = replaced.out_features
+        self.biased = replaced.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each lane's layer to its rows, ``(…, in)``."""
+        weights = self.pack.weights
+        weight = weights.parameter(f"{self.name}.weight")
+        bias = weights.parameter(f"{self.name}.bias") if self.biased else None
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        side = self.pack.side(flat.shape[0])
+        y = lane_linear(flat, weight, bias, side.ends, side.lane)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class LaneLayerNorm(PackedModule):
+    """A layer norm that is trained as a whole: every lane has its own scale and shift."""
+
+    def __init__(self, pack: PackedModel, name: str, replaced: nn.LayerNorm) -> None:
+        super().__init__(pack, name)
+        self.normalized_shape, self.eps = replaced.normalized_shape, replaced.eps
+        self.biased = replaced.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(…, hidden)``."""
+        weights = self.pack.weights
+        scale = weights.parameter(f"{self.name}.weight")
+        flat = x.reshape(-1, x.shape[-1]).to(scale.dtype)
+        lane = self.pack.side(flat.shape[0]).lane
+        y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * scale.index_select(0, lane)
+        if self.biased:
+            y = y + weights.parameter(f"{self.name}.bias").index_select(0, lane)
+        return y.view(x.shape)
+
+
+class KeyedDropout(PackedModule):
+    """The base's own dropout, from the counter instead of a random state.
+
+    Attributes:
+        p: The rate; attention modules read it.
+    """
+
+    def __init__(self, pack: PackedModel, name: str, rate: float) -> None:
+        super().__init__(pack, name)
+        self.p = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of ``(…, hidden)`` while training."""
+        if not self.training or self.p == 0:
+            return x
+        side = self.pack.side(x.numel() // x.shape[-1])
+        if side.streams is None:
+            return x
+        kept = kept_mask(side.streams, self.key, x.shape[-1], rate_byte(self.p))
+        return x * kept.to(x.dtype).mul_(kept_scale(self.p)).view(x.shape)
+
+
+def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
+    """From ``(1, tokens, hidden)`` take each row's first token: ``(rows, 1, hidden)``."""
+    return hidden[0].index_select(0, pack.batch.first).unsqueeze(1)
+
+
+def row_means(pack: PackedModel, hidden: Tensor) -> Tensor:
+    """Average ``(1, tokens, hidden)`` over the tokens of each row: ``(rows, 1, hidden)``."""
+    starts = pack.batch.row_starts
+    sums = torch.segment_reduce(hidden[0].float(), "sum", offsets=starts, axis=0)
+    return (sums / (starts[1:] - starts[:-1]).unsqueeze(1)).to(hidden.dtype).unsqueeze(1)
+
+
+def replace_output(change: Any, pack: PackedModel) -> Any:
+    """Make a forward hook that changes a module's hidden states and leaves the rest alone."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(pack, output[0]), *output[1:])
+        return change(pack, output)
+
+    return hook

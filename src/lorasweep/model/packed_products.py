@@ -1,0 +1,219 @@
+"""Products of one long list of tokens with one small matrix per lane, and their gradients.
+
+All tokens of a pack lie in one matrix, lane after lane: ``x`` is ``(tokens, in)`` and the
+tokens of lane ``l`` are the rows ``ends[l - 1]:ends[l]``. A grouped product multiplies each
+lane's rows with that lane's own matrix in one call, without padding and without a copy; rows
+of different lanes never meet in a sum, so a NaN in one lane stays there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each lane's rows with its own matrix.
+
+    Args:
+        x: ``(rows, in)``, lane after lane.
+        matrices: ``(lanes, in, out)``.
+        ends: int32, ``(lanes,)``: one past each lane's last row; the last one is ``rows``.
+
+    Returns:
+        ``(rows, out)``.
+    """
+    if _grouped_kernel(x, matrices):
+        return F.grouped_mm(x, matrices, offs=ends)
+    place, longest = _places(ends, x.shape[0])
+    padded = torch.bmm(_spread(x, place, len(ends), longest), matrices)
+    return padded.reshape(-1, padded.shape[-1]).index_select(0, place)
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Sum each lane's outer products: ``left[rows].T @ right[rows]`` for every lane.
+
+    Args:
+        left: ``(rows, n)``, lane after lane.
+        right: ``(rows, m)``.
+        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
+
+    Returns:
+        ``(lanes, n, m)``; zero for a lane without rows.
+    """
+    if _grouped_kernel(left, right):
+        return F.grouped_mm(left.t(), right, offs=ends)
+    place, longest = _places(ends, left.shape[0])
+    spread_left = _spread(left, place, len(ends), longest)
+    return torch.bmm(spread_left.transpose(1, 2), _spread(right, place, len(ends), longest))
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """A frozen linear layer for all tokens, plus each lane's own low-rank update.
+
+    ``y = x W' + b + s (m x) A' B'`` (Hu et al. 2021, arXiv:2106.09685), where ``s`` and the
+    dropout mask ``m`` are those of the token's lane. The gradient is written by hand because
+    it needs fewer and smaller copies than autograd makes; ``gradcheck`` holds it to the truth.
+    No gradient is taken with respect to the frozen weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: Tensor,
+        kept: Tensor | None,
+        ends: Tensor,
+    ) -> Tensor:
+        narrow = grouped_product(
+            x if kept is None else x * kept, down.to(x.dtype).transpose(1, 2), ends
+        )
+        narrow = narrow.mul_(scaling)
+        y = F.linear(x, weight, bias)
+        y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), ends)
+        ctx.save_for_backward(x, down, up, weight, scaling, kept, ends, narrow)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        x, down, up, weight, scaling, kept, ends, narrow = ctx.saved_tensors
+        grad_up = grouped_outer(grad, narrow, ends).to(up.dtype)
+        grad_narrow = grouped_product(grad, up.to(grad.dtype), ends).mul_(scaling)
+        dropped = x if kept is None else x * kept
+        grad_down = grouped_outer(grad_narrow, dropped, ends).to(down.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_product(grad_narrow, down.to(grad.dtype), ends)
+            if kept is not None:
+                grad_x *= kept
+            grad_x = torch.addmm(grad_x, grad, weight)
+        return grad_x, grad_down, grad_up, None, None, None, None, None
+
+
+def adapted_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    kept: Tensor | None,
+    ends: Tensor,
+) -> Tensor:
+    """Apply a frozen linear layer with one LoRA adapter per lane.
+
+    Args:
+        x: ``(tokens, in)``, lane after lane, in the base's precision.
+        down: LoRA's A of all lanes, ``(lanes, rank, in)``; zero rows where a lane's rank is
+            smaller, all zero where it does not adapt this layer.
+        up: LoRA's B, ``(lanes, out, rank)``.
+        weight, bias: Of the frozen layer, ``(out, in)`` and ``(out,)``.
+        scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
+        kept: Dropout's mask on the adapter's input, bool ``(tokens, in)``; None for no dropout.
+        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
+
+    Returns:
+        ``(tokens, out)``.
+    """
+    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, kept, ends)
+    return result
+
+
+class LaneLinear(torch.autograd.Function):
+    """A linear layer with weights of each lane's own, such as the classifier."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, lane: Tensor
+    ) -> Tensor:
+        """Return ``(rows, out)`` of ``x (rows, in)``, ``weight (lanes, out, in)``."""
+        y = grouped_product(x, weight.transpose(1, 2), ends)
+        if bias is not None:
+            y += bias.index_select(0, lane)
+        ctx.save_for_backward(x, weight, ends)
+        ctx.biased = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        x, weight, ends = ctx.saved_tensors
+        grad_x = grouped_product(grad, weight, ends) if ctx.needs_input_grad[0] else None
+        grad_bias = lane_sums(grad, ends) if ctx.biased else None
+        return grad_x, grouped_outer(grad, x, ends), grad_bias, None, None
+
+
+def lane_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, lane: Tensor
+) -> Tensor:
+    """Apply each lane's own linear layer to its rows.
+
+    Args:
+        x: ``(rows, in)``, lane after lane.
+        weight: ``(lanes, out, in)``.
+        bias: ``(lanes, out)`` or None.
+        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
+        lane: int64, ``(rows,)``: each row's lane.
+
+    Returns:
+        ``(rows, out)``.
+    """
+    result: Tensor = LaneLinear.apply(x, weight, bias, ends, lane)
+    return result
+
+
+def lane_sums(values: Tensor, ends: Tensor) -> Tensor:
+    """Sum the rows of each lane: ``(rows, n)`` to ``(lanes, n)``."""
+    # segment_reduce sums inside each lane only: a NaN elsewhere can't get in, which a
+    # difference of cumulative sums or a product with a 0/1 matrix would let happen.
+    starts = F.pad(ends.long(), (1, 0))
+    return torch.segment_reduce(values, "sum", offsets=starts, axis=0, initial=0.0)
+
+
+def _grouped_kernel(*operands: Tensor) -> bool:
+    """Whether torch multiplies such groups itself.
+
+    It has no float64 kernel, on CUDA none but bfloat16's, and wants every row to start on 16
+    bytes, which a head of two labels doesn't; those go through a padded batched product.
+    """
+    dtype, device = operands[0].dtype, operands[0].device
+    if not hasattr(F, "grouped_mm"):
+        return False
+    if device.type == "cuda":
+        known = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        known = dtype in (torch.float32, torch.bfloat16)
+    return known and all(_aligned(operand) for operand in operands)
+
+
+def _aligned(operand: Tensor) -> bool:
+    bytes_a_number = operand.element_size()
+    return all(
+        stride == 1 or (stride > 0 and stride * bytes_a_number % 16 == 0)
+        for stride in operand.stride()
+    )
+
+
+def _places(ends: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Where each row goes in a ``(lanes, longest)`` grid laid out flat, and ``longest``."""
+    starts = F.pad(ends[:-1], (1, 0)).long()
+    counts = ends.long() - starts
+    longest = max(1, int(counts.max()))
+    lanes = torch.arange(len(ends), device=ends.device).repeat_interleave(counts, output_size=rows)
+    within = torch.arange(rows, device=ends.device) - starts.index_select(0, lanes)
+    return lanes * longest + within, longest
+
+
+def _spread(x: Tensor, place: Tensor, lanes: int, longest: int) -> Tensor:
+    """Lay the rows of a flat matrix into a zero-padded grid, ``(lanes, longest, width)``."""
+    grid = x.new_zeros(lanes * longest, x.shape[1])
+    grid.index_copy_(0, place, x)
+    return grid.view(lanes, longest, x.shape[1])
