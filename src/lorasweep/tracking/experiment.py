@@ -14,6 +14,8 @@ from mlflow.exceptions import MlflowException
 from lorasweep.core.errors import Problem, TrackingError
 from lorasweep.tracking import store
 
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI asks, or guesses
+
 
 def open_experiment(
     client: MlflowClient, uri: str, name: str, artifacts: Path | None
@@ -35,7 +37,7 @@ def open_experiment(
         kept_by_us = artifacts is not None and not uri.startswith(("http:", "https:"))
         location = artifacts.absolute().as_uri() if artifacts and kept_by_us else None
         try:
-            return client.get_experiment(client.create_experiment(name, location))
+            return client.get_experiment(client.create_experiment(name, location, _KIND))
         except MlflowException as error:
             # Another process was quicker, on a store that has no file to lock.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

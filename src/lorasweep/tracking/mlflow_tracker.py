@@ -19,6 +19,7 @@ from lorasweep.core.records import Corpus, ParameterValue, TrialState
 from lorasweep.tracking import store, wording
 from lorasweep.tracking.experiment import alone, open_experiment
 from lorasweep.tracking.inputs import dataset_inputs
+from lorasweep.tracking.view import save_view
 
 STUDY_TAG = "lorasweep.study"
 TRIAL_TAG = "lorasweep.trial"
@@ -124,6 +125,7 @@ class MlflowTracker:
             else:
                 self.set_tags(found, {**everything, STATE_TAG: TrialState.RUNNING.value})
                 self.client.update_run(found, status="RUNNING")
+            save_view(self.client, self.experiment_id, name=name, parent=found)
             return found
 
     def runs_left_open(self, parent: str) -> list[tuple[int, str]]:
