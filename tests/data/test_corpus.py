@@ -145,11 +145,14 @@ def test_digests_tell_where_one_text_ends(tmp_path: Path) -> None:
 def test_bad_combinations_are_refused(reviews: Path, held: Path, tmp_path: Path) -> None:
     single = tmp_path / "single.csv"
     single.write_text("text,label\na b c,x\nd e f,x\ng h i,y\n", encoding="utf-8")
+    twins = tmp_path / "twins.csv"
+    twins.write_text("text,label\n" + "a b c,x\nd e f,y\n" * 4, encoding="utf-8")
     blank = tmp_path / "blank.csv"
     blank.write_text("text,label\n ,pos\n ,neg\n", encoding="utf-8")
     for wanted, what in (
         (spec(reviews, {"test": str(held)}, split={"test": 0.1}), "source has a test split"),
         (spec(single), "'y' has a single row left"),
+        (spec(twins), "has no row of class [xy]"),
         (spec(reviews, clean={"min_words": 50}), "no row left after cleaning"),
         (spec(reviews, {"test": str(blank)}), "no row left after cleaning"),
         (spec(reviews, {"test": str(tmp_path / "no.csv")}), "doesn't exist"),

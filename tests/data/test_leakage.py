@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasweep.core.records import TextSplit
@@ -47,6 +47,7 @@ def test_nothing_held_out_is_nothing_leaked() -> None:
     assert measure_leakage(split("train", "a b c"), split("test")).share == 0.0
 
 
+@settings(deadline=None)
 @given(SENTENCES, SENTENCES)
 def test_agrees_with_the_definition(train: list[str], held: list[str]) -> None:
     def inside(inner: str, outer: str) -> bool:

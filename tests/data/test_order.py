@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasweep.data.order import epoch_batches, steps_per_epoch
@@ -11,6 +11,7 @@ from lorasweep.data.order import epoch_batches, steps_per_epoch
 LENGTHS = st.lists(st.integers(1, 128), min_size=1, max_size=300).map(np.array)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 5))
 def test_every_row_once_and_one_small_batch_at_most(
     lengths: np.ndarray, size: int, seed: int, epoch: int

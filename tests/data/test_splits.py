@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lorasweep.core.errors import DataError
@@ -22,9 +22,10 @@ CORPUS = st.lists(st.tuples(TEXT, st.integers(0, 2)), min_size=2, max_size=60)
 
 
 def divided(texts: list[str], labels: list[int], share: float, strategy: str, seed: int) -> HeldOut:
-    return hold_out(texts, labels, share, strategy, seed, "data.split.validation")  # type: ignore[arg-type]
+    return hold_out(texts, labels, share, strategy, seed, "data.split.validation")
 
 
+@settings(deadline=None)
 @given(CORPUS, st.sampled_from(STRATEGIES), st.floats(0.05, 0.6), st.integers(0, 2**31 - 1))
 def test_no_row_is_lost_or_doubled_and_classes_are_on_both_sides(
     corpus: list[tuple[str, int]], strategy: str, share: float, seed: int
@@ -43,6 +44,7 @@ def test_no_row_is_lost_or_doubled_and_classes_are_on_both_sides(
     assert list(again.held) == list(first.held)
 
 
+@settings(deadline=None)
 @given(CORPUS, st.integers(0, 2**31 - 1))
 def test_whole_groups_leak_nothing(corpus: list[tuple[str, int]], seed: int) -> None:
     texts, labels = [text for text, _ in corpus], [label for _, label in corpus]
@@ -61,6 +63,7 @@ def test_whole_groups_leak_nothing(corpus: list[tuple[str, int]], seed: int) -> 
     assert (report.contained, report.duplicated) == (0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(TEXT, max_size=30))
 def test_containments_agree_with_the_definition(texts: list[str]) -> None:
     unique = unique_texts(texts)

@@ -104,7 +104,7 @@ def _divided(
     check_counts(origin, labelled.names, parts["train"].rows.labels)
     if spec.split.test is not None:
         # Before short and repeated texts are dropped, since a test split keeps them.
-        _carve(parts, "test", spec.split.test, spec, seed)
+        _carve(parts, "test", spec.split.test, labelled.names, spec, seed)
     for name in ("train", "validation"):
         if name in parts:
             part = parts[name]
@@ -114,11 +114,18 @@ def _divided(
             parts[name] = _Part(rows, report)
     check_counts(origin, labelled.names, parts["train"].rows.labels)
     if "validation" not in parts:
-        _carve(parts, "validation", spec.split.validation, spec, seed)
+        _carve(parts, "validation", spec.split.validation, labelled.names, spec, seed)
     return {name: parts[name] for name in SPLITS if name in parts}
 
 
-def _carve(parts: dict[str, _Part], name: str, share: float, spec: DataSpec, seed: int) -> None:
+def _carve(
+    parts: dict[str, _Part],
+    name: str,
+    share: float,
+    names: tuple[str, ...],
+    spec: DataSpec,
+    seed: int,
+) -> None:
     """Move a share of train into a split of its own."""
     train = parts["train"]
     strategy = spec.split.strategy
@@ -129,6 +136,7 @@ def _carve(parts: dict[str, _Part], name: str, share: float, spec: DataSpec, see
         strategy,
         derive_seed(seed, "data", "split", name),
         f"data.split.{name}",
+        names,
     )
     count = len(divided.held)
     note = f"{count:,} of {len(train.rows):,} rows were held out of train for {name} ({strategy})."

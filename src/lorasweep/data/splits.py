@@ -48,6 +48,7 @@ def hold_out(
     strategy: Strategy,
     seed: int,
     where: str,
+    names: Sequence[str] = (),
 ) -> HeldOut:
     """Hold out about ``share`` of the rows, every class on both sides.
 
@@ -59,6 +60,7 @@ def hold_out(
             ``grouped`` also keeps texts that contain one another together.
         seed: The same arguments give the same split.
         where: The spec's key that asks for the split, for messages.
+        names: What the classes are called, for messages; their numbers if left out.
 
     Raises:
         DataError: A class can't be on both sides.
@@ -66,8 +68,7 @@ def hold_out(
     rng = np.random.default_rng(seed)
     target = np.asarray(labels, dtype=np.int64)
     counts = np.bincount(target)
-    scarce = [int(label) for label in np.flatnonzero(counts == 1)]
-    if scarce or len(counts) > len(target) // 2:
+    if (counts == 1).any() or len(counts) > len(target) // 2:
         what = f"{len(target)} rows can't hold {len(counts)} classes on both sides of a split"
         raise DataError(Problem(where, what, "Add rows, or name a split of its own in source."))
     notes: tuple[str, ...] = ()
@@ -82,9 +83,9 @@ def hold_out(
     mask = np.zeros(len(target), dtype=bool)
     mask[held] = True
     lacking = [
-        f"{side} has no row of class {int(label)}"
+        f"{side} has no row of class {names[label] if names else label}"
         for side, chosen in (("train", ~mask), ("the held-out side", mask))
-        for label in np.flatnonzero(counts)
+        for label in np.flatnonzero(counts).tolist()
         if not (target[chosen] == label).any()
     ]
     if lacking:
