@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from lorasweep.evaluation import (
     calibration,
@@ -65,6 +66,13 @@ def test_holm_by_hand() -> None:
         {"a": 0.04, "b": 0.03, "c": 0.04}
     )
     assert holm({}) == {}
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_holm_is_statsmodels(size: int) -> None:
+    p_values = np.random.default_rng(size).uniform(0, 0.2, size).tolist()
+    found = holm({str(place): p_value for place, p_value in enumerate(p_values)})
+    assert list(found.values()) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
 
 
 def test_lengths_must_agree() -> None:

@@ -12,6 +12,7 @@ from lorasweep.core.records import FinishedSweep
 from lorasweep.evaluation.predictions import write_predictions
 from lorasweep.report import plots
 from lorasweep.report.collect import collect
+from lorasweep.report.drawing import png
 from lorasweep.report.findings import Findings
 from lorasweep.report.html_report import page
 from lorasweep.report.json_report import results, to_text
@@ -73,7 +74,7 @@ def _write_all(findings: Findings, folder: Path) -> set[str]:
     for name, draw in FIGURES.items():
         drawn = draw(findings)
         if drawn is not None:
-            figures[name] = plots.png(drawn)
+            figures[name] = png(drawn)
             (folder / name).write_bytes(figures[name])
     made = {RESULTS, PAGE, CARD, *figures}
     if findings.test is not None and sweep.corpus.test is not None:
