@@ -249,22 +249,33 @@ def test_a_sweep_held_by_another_process_is_refused(small_sweep):
 
 
 def test_a_diverging_trial_fails_alone_and_says_why(small_sweep):
+    # A decay of 1000 at rate 1 multiplies every weight by -999 a step, until it overflows.
+    points = "[{learning_rate: 0.01}, {learning_rate: 1.0, weight_decay: 1000}, {rank: 2}]"
     text = small_sweep.read_text(encoding="utf-8")
-    points = "{kind: points, points: [{learning_rate: 0.01}, {learning_rate: 1.0, epochs: 40}]}"
-    text = text.replace("{kind: tpe, startup_trials: 2}", points)
-    text = text[: text.index("  space:")] + "baselines: [majority]\n"
-    text = text.replace("{batch_size: 8,", "{batch_size: 8, max_grad_norm: 0, epochs: 1,")
-    text = text.replace("training:", "lora: {rank: 4, alpha: 900000.0}\ntraining:")
+    text = text[: text.index("search:")] + "training: {epochs: 3, precision: fp32}\n"
+    text = text.replace("training: {batch_size: 8, precision: fp32, log_every: 5}\n", "")
+    text += f"search: {{trials: 3, sampler: {{kind: points, points: {points}}}}}\n"
     small_sweep.write_text(text, encoding="utf-8")
-    with pytest.raises(NothingToReportError):
+    result, _ = run_sweep(small_sweep, report=False)
+    assert [r.state for r in result.records] == [
+        TrialState.COMPLETED,
+        TrialState.FAILED,
+        TrialState.COMPLETED,
+    ]
+    assert "step" in result.records[1].reason
+    runs = runs_by_name(load_spec(small_sweep))
+    assert [runs[f"000{n}"].info.status for n in range(3)] == ["FINISHED", "FAILED", "FINISHED"]
+
+
+def test_a_sweep_of_which_every_trial_failed_says_the_last_reason(small_sweep):
+    points = "[{learning_rate: 1.0, weight_decay: 1000}]"
+    text = small_sweep.read_text(encoding="utf-8")
+    text = text[: text.index("search:")]
+    text += f"search: {{trials: 1, sampler: {{kind: points, points: {points}}}}}\n"
+    small_sweep.write_text(text, encoding="utf-8")
+    with pytest.raises(NothingToReportError, match=r"None of the trials.*step"):
         run_sweep(small_sweep)
-    spec = load_spec(small_sweep)
-    study = Study.peek(sweep_paths("mlruns", "small").optuna_database, "small")
-    failed = [r for r in study.records() if r.state is TrialState.FAILED]
-    assert failed
-    assert all("finite" in r.reason or "NaN" in r.reason or "nan" in r.reason for r in failed)
-    run = runs_by_name(spec)[f"{failed[0].number:04d}"]
-    assert run.info.status == "FAILED"
+    assert runs_by_name(load_spec(small_sweep))["small"].info.status == "FAILED"
 
 
 def test_bad_data_and_a_bad_model_are_told_together_before_anything_is_made(small_sweep):

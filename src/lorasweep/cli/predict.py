@@ -52,16 +52,17 @@ def command(
 
 
 def _read_texts(source: str, column: str) -> list[str]:
-    from lorasweep.core.errors import DataError, Problem
-    from lorasweep.data.sources import read_texts
-
     if source == "-":
+        from lorasweep.core.errors import DataError, Problem
+
         texts = [line.rstrip("\r\n") for line in sys.stdin]
         texts = [text for text in texts if text.strip()]
         if not texts:
             raise DataError(Problem("stdin", "holds no text", "Give one text a line."))
         return texts
-    return read_texts(Path(source), column)
+    from lorasweep.data.texts import read_texts
+
+    return read_texts(source, column)
 
 
 def _write_lines(stream: TextIO, texts: list[str], predictions: list[Prediction]) -> None:

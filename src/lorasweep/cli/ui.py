@@ -21,6 +21,7 @@ def command(spec_file: str, overrides: tuple[str, ...], port: int) -> None:
     from lorasweep.core.errors import Problem, StorageError
     from lorasweep.core.paths import sweep_paths
     from lorasweep.tracking.store import ui_command
+    from lorasweep.tracking.view import view_address
 
     if spec.tracking.uri != "sqlite" and spec.tracking.uri.startswith(("http:", "https:")):
         click.echo(f"This sweep is tracked by a server; its UI is at {spec.tracking.uri}")
@@ -29,7 +30,9 @@ def command(spec_file: str, overrides: tuple[str, ...], port: int) -> None:
     if spec.tracking.uri == "sqlite" and not paths.mlflow_database.exists():
         advice = f"Run the sweep first: lorasweep run {spec_file}"
         raise StorageError(Problem(str(paths.mlflow_database), "does not exist yet", advice))
-    words = ui_command(paths.tracking_uri(spec.tracking.uri), paths.mlflow_artifacts, port)
+    uri = paths.tracking_uri(spec.tracking.uri)
+    words = ui_command(uri, paths.mlflow_artifacts, port)
     experiment = spec.tracking.experiment or spec.name
-    click.echo(f"experiment {experiment}: http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
+    address = view_address(uri, experiment, spec.name, f"http://127.0.0.1:{port}")
+    click.echo(f"{spec.name}'s trials, in a few seconds (Ctrl-C ends it): {address}", err=True)
     raise SystemExit(subprocess.run(words, check=False).returncode)

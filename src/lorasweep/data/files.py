@@ -21,11 +21,11 @@ def read_file(origin: str, text: str, label: str) -> RawTable:
     Raises:
         DataError: Every fault of the file that can be told, with lines.
     """
-    path = _existing(origin)
+    path = existing(origin)
     ending = path.suffix.lower()
     if ending == ".parquet":
         return read_parquet(origin, path, text, label)
-    content = _decoded(origin, path)
+    content = decoded(origin, path)
     if not content.strip():
         raise DataError(Problem(origin, "is empty", "Give a file with a row for each text."))
     if ending in _JSON_LINES:
@@ -33,18 +33,18 @@ def read_file(origin: str, text: str, label: str) -> RawTable:
     return read_separated(origin, path, content, text, label, _DELIMITERS[ending])
 
 
-def _existing(origin: str) -> Path:
+def existing(origin: str, endings: tuple[str, ...] = _ENDINGS) -> Path:
     """Find the file, or say what is there instead."""
     path = Path(origin).expanduser()
     if path.is_dir():
         hint = f"Name one of its files, or use kind: hub, path: {origin} for the Hub's layout."
         raise DataError(Problem(origin, "is a folder, expected a file", hint))
-    if path.suffix.lower() not in _ENDINGS:
+    if path.suffix.lower() not in endings:
         raise DataError(
             Problem(
                 origin,
                 f"has the ending {path.suffix!r}, which says nothing about its format",
-                f"Expected one of {', '.join(_ENDINGS)}.",
+                f"Expected one of {', '.join(endings)}.",
             )
         )
     if not path.is_file():
@@ -56,7 +56,7 @@ def _existing(origin: str) -> Path:
     return path
 
 
-def _decoded(origin: str, path: Path) -> str:
+def decoded(origin: str, path: Path) -> str:
     """Return the file's text without its byte order mark, line ends untouched."""
     try:
         content = path.read_bytes()

@@ -127,7 +127,7 @@ def tell_about_data(corpus: Corpus, train: EncodedSplit, listener: Listener) -> 
         if parts:
             listener(Said(f"{report.split}: left out {'; '.join(parts)} (of {report.read} rows)"))
         for note in report.notes:
-            listener(Warned(f"{report.split}: {note}"))
+            listener(Said(f"{report.split}: {note}"))
     for leak in corpus.leakage:
         if leak.contained:
             listener(

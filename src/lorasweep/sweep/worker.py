@@ -132,7 +132,7 @@ class Worker:
                 **identity_tags(prepared, self._study),
                 "lorasweep.objective": spec.search.objective,
                 "lorasweep.engine": self._engine_reason,
-                "lorasweep.git_commit": str(environment.get("git_commit") or "none"),
+                "mlflow.source.git.commit": str(environment.get("git_commit") or "none"),
                 **{
                     f"lorasweep.version.{name}": str(version)
                     for name, version in environment.get("versions", {}).items()

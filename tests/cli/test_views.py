@@ -1,0 +1,107 @@
+from lorasweep.cli.console import open_console
+from lorasweep.cli.views import LiveView, PlainView, QuietView, format_parameters
+from lorasweep.core.records import TrialFacts, TrialRecord, TrialState
+from lorasweep.sweep.events import (
+    Said,
+    SweepStarted,
+    TrainingEnded,
+    TrialEnded,
+    TrialEvaluated,
+    TrialReady,
+    TrialStarted,
+    TrialStepped,
+    Warned,
+)
+
+POINT = {"learning_rate": 0.00031, "rank": 8, "targets": ("query", "key")}
+RECORD = TrialRecord(
+    number=3,
+    state=TrialState.COMPLETED,
+    parameters=POINT,
+    score=0.8123,
+    best_epoch=2,
+    seconds=75.0,
+)
+FAILED = TrialRecord(
+    number=4, state=TrialState.FAILED, parameters=POINT, reason="[red]the loss is NaN at step 7"
+)
+EVENTS = [
+    Said("Opening the base"),
+    Warned("validation: 5 of 100 texts leak"),
+    SweepStarted("s", "f1", 5, (), "trainer"),
+    TrialStarted(3, POINT, 2),
+    TrialReady(3, TrialFacts(10, 100, 40, lane=1)),
+    TrialStepped(3, 10, 40, 0.5),
+    TrialEvaluated(3, 1, 2, 0.7, True),
+    TrialEvaluated(3, 2, 2, 0.8123, True),
+    TrialEnded(RECORD, RECORD),
+    TrialStarted(4, POINT, 2),
+    TrialEnded(FAILED, RECORD),
+    TrainingEnded(),
+]
+
+
+def shown_by(view, capsys) -> tuple[str, str]:
+    for event in EVENTS:
+        view.show(event)
+    view.close()
+    view.close()
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_plain_lines_tell_the_story_in_order(capsys):
+    out, err = shown_by(PlainView(), capsys)
+    assert out == ""
+    assert err.splitlines() == [
+        "Opening the base",
+        "warning: validation: 5 of 100 texts leak",
+        "s: 5 trials; engine trainer",
+        "trial 0003: learning_rate 0.00031, rank 8, targets query+key",
+        "trial 0003 epoch 1/2: 0.7000 *",
+        "trial 0003 epoch 2/2: 0.8123 *",
+        "trial 0003 completed 0.8123 in 1 min 15 s; best so far 0003",
+        "trial 0004: learning_rate 0.00031, rank 8, targets query+key",
+        "trial 0004 failed in 0 s: [red]the loss is NaN at step 7; best so far 0003",
+    ]
+
+
+def test_quiet_keeps_warnings(capsys):
+    out, err = shown_by(QuietView(), capsys)
+    assert (out, err) == ("", "warning: validation: 5 of 100 texts leak\n")
+
+
+def test_the_live_view_ends_with_a_row_a_trial_and_the_best(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "40")
+    out, err = shown_by(LiveView(), capsys)
+    assert out == ""
+    assert "0003" in err
+    assert "0004" in err
+    assert "0.8123" in err
+    assert "[red]the loss" in err  # a text in brackets is a text, not markup
+    assert "best 0003: 0.8123" in err
+    assert "2 of 5 trials" in err
+
+
+def test_json_events_are_strict(capsys):
+    import json
+
+    with open_console(quiet=False, as_json=True) as console:
+        for event in EVENTS:
+            console.listen(event)
+        console.listen(TrialEvaluated(5, 1, 1, float("nan"), False, {"loss": float("inf")}))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines[:4]] == [
+        "said",
+        "warned",
+        "sweep_started",
+        "trial_started",
+    ]
+    assert lines[3]["parameters"] == {**POINT, "targets": ["query", "key"]}
+    assert lines[-1]["score"] is None
+    assert lines[-1]["metrics"] == {"loss": None}
+
+
+def test_parameters_fit_a_line():
+    assert format_parameters({"a": 1.23456e-05, "b": True, "c": None}) == "a 1.23e-05, b true, c "
