@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 
 from lorasweep.core.records import EpochEvaluation, Outcome, TrialState, Verdict
 from lorasweep.search.lease import Owner
@@ -73,8 +74,20 @@ def gone() -> Owner:
     return Owner(here.host, here.pid, here.started - 1000.0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced_sqlite() -> Iterator[None]:
+    """Don't wait for the disk at every commit: no test here cuts the power."""
+
+    def hurry(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", hurry)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", hurry)
+
+
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_database(tmp_path_factory: pytest.TempPathFactory, unsynced_sqlite: None) -> Path:
     """A database with tables and no study: making one takes longer than most tests."""
     database = tmp_path_factory.mktemp("empty") / "optuna.db"
     storage = open_storage(database)

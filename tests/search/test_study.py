@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
+import torch
 
 from lorasweep.core.errors import ConflictError, StorageError
 from lorasweep.core.records import Outcome, TrialFacts, TrialState
@@ -365,9 +369,31 @@ def test_a_killed_process_leaves_nothing_running(database, search, open_study, t
     assert len(set(points)) == len(points) == 3
 
 
-def test_two_workers_never_get_the_same_point(search, open_study):
-    spec = search("grid", trials=18)
-    workers = [open_study(spec), open_study(spec)]
-    points = [str(workers[turn % 2].ask().parameters) for turn in range(18)]
-    assert len(set(points)) == 18
-    assert [worker.ask() for worker in workers] == [None, None]
+def test_workers_that_ask_at_the_same_time_never_get_the_same_point(search, open_study):
+    spec = search("grid", trials=12)
+    workers = [open_study(spec) for _ in range(3)]
+
+    def ask_all(study):
+        found = []
+        while (asked := study.ask()) is not None:
+            found.append(asked)
+        return found
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        asked = [one for found in pool.map(ask_all, workers) for one in found]
+    assert sorted(one.number for one in asked) == list(range(12))
+    assert len({str(one.parameters) for one in asked}) == 12
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid", "qmc", "gp", "cmaes"])
+def test_asking_leaves_the_global_random_streams_alone(kind, search, open_study, train):
+    study = open_study(search(kind, trials=6))
+
+    def states():
+        numbers = np.random.get_state()
+        return random.getstate(), numbers[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    while asked := study.ask():
+        train(study, asked)
+    assert states() == before
