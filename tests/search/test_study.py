@@ -241,6 +241,14 @@ def test_another_spec_or_other_data_are_refused_by_name(search, open_study):
     open_study(search(), "another", fingerprint=after)
 
 
+def test_a_study_that_was_deleted_and_begun_again_is_another_one(search, open_study, database):
+    first = open_study(search()).id
+    assert open_study(search()).id == first
+    assert open_study(search(), "other").id != first
+    optuna.delete_study(study_name="sweep", storage=f"sqlite:///{database}")
+    assert open_study(search()).id != first
+
+
 def test_a_study_of_another_program_is_refused(search, open_study, database):
     study = optuna.create_study(study_name="sweep", storage=f"sqlite:///{database}")
     study.add_trial(optuna.trial.create_trial(value=1.0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from lorasweep.core.errors import ConflictError, Problem, SpecError, StorageError
+from lorasweep.core.errors import SpecError
 from lorasweep.core.records import (
     EpochEvaluation,
     Outcome,
@@ -32,6 +31,7 @@ from lorasweep.core.records import (
 )
 from lorasweep.core.seeding import derive_seed
 from lorasweep.search import ledger, points, samplers
+from lorasweep.search.identity import STUDY_ID, create_or_compare
 from lorasweep.search.lease import Lease, Owner
 from lorasweep.search.ledger import Ledger
 from lorasweep.search.pruners import build_pruner, rung_reached
@@ -45,8 +45,6 @@ from lorasweep.search.suggest import (
 )
 from lorasweep.spec.schema import SearchSpec
 
-_FINGERPRINT = "fingerprint"
-_ID = "id"
 _FINAL = {
     TrialState.COMPLETED: OptunaState.COMPLETE,
     TrialState.PRUNED: OptunaState.PRUNED,
@@ -138,7 +136,7 @@ class Study(Ledger):
             database.parent.mkdir(parents=True, exist_ok=True)
             with _lock_of(database):
                 storage = ledger.open_storage(database)
-                _create_or_compare(storage, database, name, dict(fingerprint))
+                create_or_compare(storage, database, name, dict(fingerprint))
         return cls(
             database,
             storage,
@@ -162,7 +160,7 @@ class Study(Ledger):
     @property
     def id(self) -> str:
         """32 hex digits that tell it from an earlier study of the same name that was deleted."""
-        return str(self._study.user_attrs[_ID])
+        return str(self._study.user_attrs[STUDY_ID])
 
     # ---- asking ----------------------------------------------------------------------
 
@@ -386,47 +384,3 @@ class Study(Ledger):
 
 def _lock_of(database: Path) -> FileLock:
     return FileLock(database.with_name(f"{database.name}.lock"))
-
-
-def _create_or_compare(
-    storage: optuna.storages.RDBStorage, database: Path, name: str, fingerprint: dict[str, str]
-) -> None:
-    """Make the study, or see that it is the one that the fingerprint describes."""
-    study = optuna.create_study(
-        study_name=name, storage=storage, direction="maximize", load_if_exists=True
-    )
-    stored = study.user_attrs.get(_FINGERPRINT)
-    if stored is None:
-        if study.get_trials(deepcopy=False):
-            what = f"has a study {name!r} that another program made"
-            raise ConflictError(Problem(str(database), what, "Give the sweep another name."))
-        # A kill between the two writes leaves a study without trials, and it is taken over.
-        study.set_user_attr(_ID, uuid.uuid4().hex)
-        study.set_user_attr(_FINGERPRINT, fingerprint)
-        return
-    differing = sorted(
-        key for key in {*stored, *fingerprint} if stored.get(key) != fingerprint.get(key)
-    )
-    if not differing:
-        return
-    advice = (
-        "Undo the change, or give the sweep another name, or start it over after `optuna "
-        f"delete-study --study-name {name} --storage sqlite:///{database.absolute()}`."
-    )
-    raise ConflictError(
-        Problem(
-            key,
-            f"the sweep {name!r} was begun with {_short(stored.get(key))} here, and now it is "
-            f"{_short(fingerprint.get(key))}; its trials would not compare",
-            advice if key == differing[-1] else "",
-        )
-        for key in differing
-    )
-
-
-def _short(value: str | None) -> str:
-    text = "nothing" if value is None else value
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-__all__ = ["Asked", "Ledger", "StorageError", "Study"]
