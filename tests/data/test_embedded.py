@@ -177,3 +177,10 @@ def test_the_largest_size_is_within_reach() -> None:
 def test_an_impossible_size_is_refused(size: int) -> None:
     with pytest.raises(DataError, match="distinct reviews, got"):
         generate_reviews(size, 42)
+
+
+def test_sentences_are_well_formed(reviews: EmbeddedReviews) -> None:
+    for review in everything(reviews):
+        # Capital letter first, one full stop last, one space between words, nothing unfilled.
+        assert re.fullmatch(r"[A-Z][\w,;:.'’é -]*[\w']\.", review.text), review.text
+        assert not re.search(r"  | [,;:.]|\.\.|\b(\w+) \1\b", review.text), review.text
