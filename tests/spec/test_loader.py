@@ -108,6 +108,11 @@ search:
         (("[4, 8]", "[4, eight]"), "must be a whole number ≥ 1, got 'eight'"),
         (("rank: {choices", "rank: {choises"), "x.yaml:8 search.space.rank.choises: unknown key"),
         (("kind: embedded", "kind: hub"), "x.yaml:3 data.source.path: is required and missing."),
+        (
+            ("name: good", "name: good\nlanes: many"),
+            "x.yaml:2 lanes: must be auto or a whole number from 1 to 256, got 'many'.",
+        ),
+        (("name: good", "name: good\nengine: packd"), "x.yaml:2 engine: must be one of trainer"),
         (("name: good\n", ""), "x.yaml name: is required and missing."),
         (("  trials: 4", "  trials: 4\n  trials: 5"), "is not valid YAML"),
         (("trials: 4", "trials: [4"), "is not valid YAML"),

@@ -92,7 +92,12 @@ def test_a_sweep_leaves_all_that_it_promises(small_sweep):
         assert int(params["trainable_parameters"]) < int(params["all_parameters"])
         assert int(params["trial_seed"]) == record.seed
         assert run.data.tags["mlflow.parentRunId"] == runs["small"].info.run_id
-        assert run.data.tags["lorasweep.spec"] == runs["small"].data.tags["lorasweep.spec"]
+        assert int(params["sweep_seed"]) == 7
+        for tag in ("spec", "study", "version.torch", "version.peft"):
+            name = f"lorasweep.{tag}"
+            assert run.data.tags[name] == runs["small"].data.tags[name] != ""
+        assert run.data.tags["lorasweep.trial"] == str(record.number)
+        assert "mlflow.source.git.commit" in run.data.tags
     parent = runs["small"]
     assert parent.info.status == "FINISHED"
     assert {i.dataset.name for i in parent.inputs.dataset_inputs}

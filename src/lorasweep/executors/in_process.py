@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
-from lorasweep.core.errors import ConflictError, NothingToReportError, Problem
+from lorasweep.core.errors import ConflictError, ModelError, NothingToReportError, Problem
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
 from lorasweep.core.records import FinishedSweep
+from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
@@ -77,9 +78,24 @@ def finish(sweep: OpenSweep, listener: Listener = nobody) -> FinishedSweep:
 
 
 def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
-    """The engine that the spec asks for, and why it is this one."""
-    settings = engine_settings(prepared.spec)
-    return TrainerEngine(prepared.base, prepared.train, prepared.validation, settings), "trainer"
+    """The engine that the spec asks for, and why it is this one.
+
+    Raises:
+        ModelError: When the packed engine is asked for and can't carry the base.
+    """
+    spec, settings = prepared.spec, engine_settings(prepared.spec)
+    parts = (prepared.base, prepared.train, prepared.validation, settings)
+    if spec.engine == "trainer":
+        return TrainerEngine(*parts), "trainer"
+    if spec.engine == "auto" and spec.search.trials == 1:
+        return TrainerEngine(*parts), "trainer (a single trial has nobody to share a base with)"
+    try:
+        packed = PackedEngine(*parts, lanes=spec.lanes)
+        return packed, f"packed, {packed.capacity} lanes"
+    except ModelError as error:
+        if spec.engine == "packed":
+            raise
+        return TrainerEngine(*parts), f"trainer ({error.problems[0].what})"
 
 
 def must_exist(spec: Spec) -> None:

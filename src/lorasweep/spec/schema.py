@@ -289,7 +289,7 @@ class TrackingSpec(Frozen):
 
 
 BaselineName = Literal["untrained", "majority", "tfidf", "linear_probe"]
-EngineName = Literal["trainer"]
+EngineName = Literal["trainer", "packed", "auto"]
 
 
 class Spec(Frozen):
@@ -299,6 +299,12 @@ class Spec(Frozen):
         name: Letters, digits, ``.``, ``_`` and ``-``; names the study, the experiment and
             the folder.
         seed: Root of every seed in the sweep.
+        engine: ``trainer`` trains one trial after another, ``packed`` many at once on one
+            base; ``auto`` takes the packed one where it can carry the base.
+        lanes: Trials that the packed engine trains at once; ``auto`` measures a step and
+            takes as many as memory allows.
+        baselines: References that the report compares the winner with.
+        tracking: Where runs are recorded.
         output: The folder that all is written to.
     """
 
@@ -310,6 +316,7 @@ class Spec(Frozen):
     training: TrainingSpec = TrainingSpec()
     search: SearchSpec
     engine: EngineName = "trainer"
+    lanes: int | Literal["auto"] = "auto"
     baselines: tuple[BaselineName, ...] = Field(
         default=("untrained", "majority", "tfidf"),
     )
@@ -324,6 +331,14 @@ class Spec(Frozen):
                 f"must be a plain folder name of letters, digits, '.', '_' and '-', got {name!r}"
             )
         return name
+
+    @field_validator("lanes", mode="before")
+    @classmethod
+    def _auto_or_some(cls, lanes: Any) -> Any:
+        whole = isinstance(lanes, int) and not isinstance(lanes, bool)
+        if lanes != "auto" and not (whole and 1 <= lanes <= 256):
+            raise ValueError(f"must be auto or a whole number from 1 to 256, got {lanes!r}")
+        return lanes
 
     @field_validator("baselines")
     @classmethod

@@ -74,6 +74,7 @@ class Worker:
         self._run_ids: dict[int, str] = {}
         self._in_flight: set[int] = set()
         self._deadline = float("inf")
+        self._tags = _tags(prepared, study, engine_reason)
 
     def run(self) -> SweepResult:
         """Carry the sweep on to its total, or to its time limit.
@@ -125,20 +126,7 @@ class Worker:
 
     def _open_parent(self) -> str:
         prepared, spec = self._prepared, self._prepared.spec
-        environment = describe()
-        parent = self._tracker.open_sweep(
-            spec.name,
-            {
-                **identity_tags(prepared, self._study),
-                "lorasweep.objective": spec.search.objective,
-                "lorasweep.engine": self._engine_reason,
-                "mlflow.source.git.commit": str(environment.get("git_commit") or "none"),
-                **{
-                    f"lorasweep.version.{name}": str(version)
-                    for name, version in environment.get("versions", {}).items()
-                },
-            },
-        )
+        parent = self._tracker.open_sweep(spec.name, self._tags)
         self._tracker.log_params(
             parent,
             {
@@ -189,10 +177,11 @@ class Worker:
             spec, asked.number, asked.seed, asked.parameters, paths.trial(asked.number)
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
-        tags = identity_tags(self._prepared, self._study)
+        tags = dict(self._tags)
         if asked.retry_of is not None:
             tags["lorasweep.retry_of"] = run_name(asked.retry_of)
-        run_id = self._tracker.start_trial(parent, asked.number, _params(plan), tags)
+        params = _params(plan) | {"sweep_seed": spec.seed}
+        run_id = self._tracker.start_trial(parent, asked.number, params, tags)
         self._run_ids[asked.number] = run_id
         self._study.set_run_id(asked.number, run_id)
         self._listener(
@@ -236,6 +225,20 @@ def parent_run(prepared: Prepared, study: Study, tracker: MlflowTracker) -> str:
     """The sweep's parent run, left as it stands; a new one if the tracker was changed since."""
     name, tags = prepared.spec.name, identity_tags(prepared, study)
     return tracker.find_sweep(name, tags) or tracker.open_sweep(name, tags)
+
+
+def _tags(prepared: Prepared, study: Study, engine: str) -> dict[str, str]:
+    """What every run of the sweep bears, so that each can be understood by itself."""
+    environment = describe()
+    versions = environment.get("versions", {})
+    return {
+        **identity_tags(prepared, study),
+        "lorasweep.study": prepared.spec.name,
+        "lorasweep.objective": prepared.spec.search.objective,
+        "lorasweep.engine": engine,
+        "mlflow.source.git.commit": str(environment.get("git_commit") or "none"),
+        **{f"lorasweep.version.{name}": str(version) for name, version in versions.items()},
+    }
 
 
 def _params(plan: TrialPlan) -> dict[str, bool | int | float | str | None]:

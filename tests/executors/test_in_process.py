@@ -1,0 +1,104 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from lorasweep import load_spec
+from lorasweep.core.errors import ConflictError, ModelError, StorageError
+from lorasweep.core.paths import sweep_paths
+from lorasweep.engines.packed import PackedEngine
+from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.executors.in_process import choose_engine, open_sweep
+from lorasweep.sweep.prepare import check_storage, prepare
+
+
+def test_the_lock_dies_with_its_holder_and_names_it_meanwhile(small_sweep):
+    spec = load_spec(small_sweep)
+    code = (
+        "import sys, time; from lorasweep import load_spec\n"
+        "from lorasweep.executors.in_process import open_sweep\n"
+        "with open_sweep(load_spec(sys.argv[1])):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(small_sweep)],
+        cwd=small_sweep.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(ConflictError, match=f"process {holder.pid} on"), open_sweep(spec):
+            pass
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.communicate()
+    with open_sweep(spec) as sweep:
+        owner = json.loads((sweep.prepared.paths.sweep / "owner.json").read_text())
+        assert owner["pid"] == os.getpid()
+
+
+def test_the_handler_of_a_kill_signal_is_put_back(small_sweep):
+    before = signal.getsignal(signal.SIGTERM)
+    with open_sweep(load_spec(small_sweep)):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_nearly_full_disk_is_refused(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 5 * 2**20))
+    with pytest.raises(StorageError, match="only 5 MiB are free"):
+        check_storage(sweep_paths(str(tmp_path), "s"))
+
+
+def test_a_disk_that_takes_no_more_is_refused(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        check_storage(sweep_paths(str(tmp_path), "s"))
+    assert list((tmp_path / "sweeps/s").iterdir()) == []
+
+
+def test_a_read_only_folder_is_refused():
+    with pytest.raises(StorageError, match="can't be written"):
+        check_storage(sweep_paths("/proc/nowhere", "s"))
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "sweeps").write_text("mine", encoding="utf-8")
+    with pytest.raises(StorageError, match="can't be written"):
+        check_storage(sweep_paths(str(tmp_path), "s"))
+    assert (tmp_path / "sweeps").read_text(encoding="utf-8") == "mine"
+
+
+def prepared(spec_file, *overrides):
+    spec = load_spec(spec_file, overrides)
+    paths = sweep_paths(spec.output, spec.name)
+    return prepare(spec, paths, lambda event: None)
+
+
+def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
+    engine, why = choose_engine(prepared(small_sweep, "engine=trainer"))
+    assert (type(engine), why) == (TrainerEngine, "trainer")
+    engine, why = choose_engine(prepared(small_sweep, "engine=packed", "lanes=3"))
+    assert (type(engine), why) == (PackedEngine, "packed, 3 lanes")
+
+
+def test_auto_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
+    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=1"))
+    assert type(engine) is TrainerEngine
+    assert "single trial" in why
+    xlnet = f"model.name={tiny_base_folder('xlnet')}"
+    engine, why = choose_engine(prepared(small_sweep, "engine=auto", xlnet))
+    assert type(engine) is TrainerEngine
+    assert len(why) > len("trainer ()")
+    with pytest.raises(ModelError):
+        choose_engine(prepared(small_sweep, "engine=packed", xlnet))
