@@ -45,6 +45,18 @@ def command(folder: Path, *words: str, **more) -> subprocess.CompletedProcess:
     )
 
 
+def started(folder: Path, *words: str) -> subprocess.Popen:
+    """A command in the background that can be interrupted, even where pytest itself can't."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorasweep", *words],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def test_run_prints_progress_on_stderr_and_the_result_on_stdout(finished):
     _, done = finished
     assert "trial 0000 epoch 1/1" in done.stderr
@@ -196,18 +208,13 @@ def test_a_sweep_that_was_not_run_is_no_traceback(finished, monkeypatch, capfd):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
 def test_a_stopped_run_says_how_to_go_on_and_does(small_sweep, stop):
     spec = small_sweep
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorasweep", "run", spec.name, "--set", "training.epochs=2"],
-        cwd=spec.parent,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = started(spec.parent, "run", spec.name, "--set", "training.epochs=2")
     for line in process.stderr:
         if line.startswith("trial 0000 epoch 1"):
             process.send_signal(stop)
             break
     told = process.stderr.read()
+    process.stderr.close()
     assert process.wait(timeout=120) == 130
     assert "to go on where it stopped: lorasweep run small.yaml --set training.epochs=2" in (
         " ".join(told.replace("To go", "to go").split())
@@ -227,13 +234,7 @@ def test_a_killed_run_goes_on_to_the_same_results(small_sweep, monkeypatch):
     straight = spec.parent / "straight"
     straight.mkdir()
     assert command(straight, "run", str(spec), "--quiet").returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorasweep", "run", spec.name],
-        cwd=spec.parent,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = started(spec.parent, "run", spec.name)
     for line in process.stderr:
         if line.startswith("trial 0001 epoch 1"):
             os.kill(process.pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,21 +88,19 @@ def _checks(spec: Spec) -> Iterator[tuple[str, Callable[[], str]]]:
         return f"{base.name} ({base.config.model_type}), sha256 {base.digest[:12]}…"
 
     def store() -> str:
-        from lorasweep.core.errors import Problem, TrackingError
         from lorasweep.tracking.store import answers
 
         if spec.tracking.uri == "sqlite" and not paths.mlflow_database.exists():
             return f"{paths.mlflow_database} will be made"
-        uri = paths.tracking_uri(spec.tracking.uri)
-        reason = answers(uri)
-        if reason:
-            raise TrackingError(Problem(uri, reason))
-        return uri
+        return answers(paths.tracking_uri(spec.tracking.uri))
 
     def disk() -> str:
         from lorasweep.sweep.prepare import check_storage
 
         check_storage(paths)
+        for folder in (paths.sweep, paths.sweep.parent, paths.root):
+            with suppress(OSError):  # what the check has made, unless there is something in it
+                folder.rmdir()
         return f"{paths.sweep} can be written"
 
     yield from {"data": data, "model": model, "tracking": store, "output": disk}.items()
