@@ -81,7 +81,7 @@ def test_cleaning_is_reported_and_spares_the_test_split(reviews: Path, held: Pat
     assert validation.kept == len(corpus.validation)
     assert (test.read, test.kept, test.dropped) == (5, 4, {"empty": 1})
     assert any("more than once" in note for note in test.notes)
-    assert any("held out of train for validation (grouped)" in note for note in train.notes)
+    assert any("rows of train are held out (grouped)" in note for note in validation.notes)
 
 
 def test_a_test_split_of_train_keeps_short_and_repeated_texts(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_variables_are_read_from_the_environment(write):
     spec = load_spec(write(text), environment={"D": "/data"})
     assert (spec.data.source.train, spec.data.source.test) == ("/data/t.csv", "e/x")
     assert problems(write(text)) == [
-        "x.yaml:3 data.source.train: the environment variable D is not set. "
+        "x.yaml:3 data.source.train: the environment variable D is not set, or empty. "
         "Run `export D=…`, or write ${D:-some/default}."
     ]
 

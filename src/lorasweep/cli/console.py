@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +53,14 @@ class Console:
         """A sentence about something that surprises."""
         self._view.show(Warned(message))
 
-    def result(self, spec_file: str, finished: FinishedSweep, page: Path) -> None:
-        """The end of a sweep: winner, comparison, report, UI."""
+    def result(self, same: str, finished: FinishedSweep, page: Path) -> None:
+        """The end of a sweep: winner, comparison, report, UI.
+
+        Args:
+            same: Words that name the same sweep on a command line.
+            finished: The sweep.
+            page: The report's page.
+        """
         from lorasweep.report.collect import collect
         from lorasweep.report.wording import cautions, conclusion, verdict_sentence
 
@@ -88,10 +93,10 @@ class Console:
         click.echo(f"Winner:  trial {best.number}, {format_parameters(best.parameters)}")
         click.echo(f"Report:  {_short(page)}")
         click.echo(f"Results: {_short(page.parent / 'fine_tuning_results.json')}")
-        click.echo(f"Compare: lorasweep ui {shlex.quote(spec_file)}")
-        click.echo(f"Deploy:  lorasweep export {shlex.quote(spec_file)} --to fine_tuned_model")
+        click.echo(f"Compare: lorasweep ui {same}")
+        click.echo(f"Deploy:  lorasweep export {same} --to fine_tuned_model")
 
-    def result_without_report(self, spec_file: str, result: SweepResult) -> None:
+    def result_without_report(self, same: str, result: SweepResult) -> None:
         """The end of a command that leaves the test split closed."""
         if self._as_json:
             print_json({"event": "trained", "finished": result.finished, "best": result.best})
@@ -103,9 +108,9 @@ class Console:
                 f"{format_parameters(best.parameters)}"
             )
         if result.finished:
-            click.echo(f"Report:  lorasweep report {shlex.quote(spec_file)}")
+            click.echo(f"Report:  lorasweep report {same}")
         else:
-            click.echo(f"Go on:   lorasweep run {shlex.quote(spec_file)}")
+            click.echo(f"Go on:   lorasweep run {same}")
 
 
 @contextmanager

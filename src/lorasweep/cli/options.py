@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,14 @@ def spec_argument(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Override a value of the spec, e.g. --set search.trials=3. Repeatable.",
     )(command)
     return click.argument("spec_file", metavar="SPEC")(command)
+
+
+def again(spec_file: str, overrides: tuple[str, ...]) -> str:
+    """The words that name the same sweep on the next command line, quoted for a shell."""
+    words = [spec_file]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def read_spec(spec_file: str, overrides: tuple[str, ...]) -> Spec:

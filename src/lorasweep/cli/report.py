@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lorasweep.cli.options import read_spec, spec_argument
+from lorasweep.cli.options import again, read_spec, spec_argument
 
 
 @click.command("report", short_help="Write the report: JSON, figures and a page to read.")
@@ -27,4 +27,4 @@ def command(
         from lorasweep.api import report_sweep
 
         report = report_sweep(spec, out=out, listener=console.listen)
-        console.result(spec_file, report.finished, report.page)
+        console.result(again(spec_file, overrides), report.finished, report.page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lorasweep.cli.options import read_spec, spec_argument
+from lorasweep.cli.options import again, read_spec, spec_argument
 
 
 @click.command("run", short_help="Run a sweep, or go on where it stopped.")
@@ -37,6 +37,6 @@ def command(
 
         result, report = run_sweep(spec, listener=console.listen, report=not no_report)
         if report is None:
-            console.result_without_report(spec_file, result)
+            console.result_without_report(again(spec_file, overrides), result)
         else:
-            console.result(spec_file, report.finished, report.page)
+            console.result(again(spec_file, overrides), report.finished, report.page)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import click
 
-from lorasweep.cli.options import read_spec, spec_argument
+from lorasweep.cli.options import again, read_spec, spec_argument
 
 
 @click.command("status", short_help="Trials by state, the best so far, where things lie.")
@@ -42,7 +42,9 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         )
         return
     if study is None:
-        click.echo(f"{spec.name}: not started. Start it with: lorasweep run {spec_file}")
+        click.echo(
+            f"{spec.name}: not started. Start it with: lorasweep run {again(spec_file, overrides)}"
+        )
         return
     print_trials(records, best, spec.search.objective)
     states = ", ".join(f"{count} {state.value}" for state, count in sorted(counts.items()))
@@ -51,6 +53,6 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if report.exists():
         click.echo(f"report: {report}")
     if done < spec.search.trials:
-        click.echo(f"go on: lorasweep run {spec_file}")
+        click.echo(f"go on: lorasweep run {again(spec_file, overrides)}")
     elif not report.exists():
-        click.echo(f"next: lorasweep report {spec_file}")
+        click.echo(f"next: lorasweep report {again(spec_file, overrides)}")

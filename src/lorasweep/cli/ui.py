@@ -6,7 +6,7 @@ import subprocess
 
 import click
 
-from lorasweep.cli.options import read_spec, spec_argument
+from lorasweep.cli.options import again, read_spec, spec_argument
 
 
 @click.command("ui", short_help="Open the MLflow UI on this sweep's store.")
@@ -28,7 +28,7 @@ def command(spec_file: str, overrides: tuple[str, ...], port: int) -> None:
         return
     paths = sweep_paths(spec.output, spec.name)
     if spec.tracking.uri == "sqlite" and not paths.mlflow_database.exists():
-        advice = f"Run the sweep first: lorasweep run {spec_file}"
+        advice = f"Run the sweep first: lorasweep run {again(spec_file, overrides)}"
         raise StorageError(Problem(str(paths.mlflow_database), "does not exist yet", advice))
     uri = paths.tracking_uri(spec.tracking.uri)
     words = ui_command(uri, paths.mlflow_artifacts, port)

@@ -7,21 +7,37 @@ import click
 from lorasweep.cli.options import read_spec, spec_argument
 
 
-@click.command("validate", short_help="Check a spec and its data; every error at once.")
+@click.command("validate", short_help="Check spec, data and model; every error at once.")
 @spec_argument
-@click.option("--spec-only", is_flag=True, help="Don't read the data.")
+@click.option("--spec-only", is_flag=True, help="Read neither data nor model.")
 def command(spec_file: str, overrides: tuple[str, ...], spec_only: bool) -> None:
-    """Check SPEC, and read its data with all checks; nothing is trained or written."""
-    spec = read_spec(spec_file, overrides)
-    click.echo(f"{spec_file}: the spec is valid ({spec.search.trials} trials)")
-    if spec_only:
-        return
-    from lorasweep.data.corpus import load_corpus
+    """Check SPEC, its search, its data and that its model is there; nothing is written.
 
-    corpus = load_corpus(spec.data, spec.seed)
-    splits = [corpus.train, corpus.validation] + ([corpus.test] if corpus.test else [])
-    rows = ", ".join(f"{len(split)} {split.name}" for split in splits)
-    click.echo(f"{corpus.name}: {rows}; labels {', '.join(corpus.label_names)}")
-    for report in corpus.cleaning:
-        for note in report.notes:
-            click.echo(f"note: {report.split}: {note}")
+    Whether LoRA's targets fit the model is found by `run` and `doctor`, which load it.
+    """
+    spec = read_spec(spec_file, overrides)
+
+    from lorasweep.core.errors import InputError, Problem
+    from lorasweep.search.samplers import check
+
+    problems: list[Problem] = list(check(spec.search, spec.lora.rank))
+    sentences: tuple[str, ...] = ()
+    if not spec_only:
+        from lorasweep.data.corpus import load_corpus
+        from lorasweep.data.summary import facts, leaks
+        from lorasweep.model.files import locate
+
+        try:
+            corpus = load_corpus(spec.data, spec.seed)
+            sentences = (*facts(corpus), *leaks(corpus))
+        except InputError as error:
+            problems += error.problems
+        try:
+            locate(spec.model)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    click.echo(f"{spec_file}: valid, {spec.search.trials} trials")
+    for sentence in sentences:
+        click.echo(sentence)

@@ -139,10 +139,8 @@ def _carve(
         names,
     )
     count = len(divided.held)
-    note = f"{count:,} of {len(train.rows):,} rows were held out of train for {name} ({strategy})."
-    parts["train"] = _Part(
-        take(train.rows, divided.kept.tolist()), _noted(train.report, note, *divided.notes)
-    )
+    note = f"{count:,} of {len(train.rows):,} rows of train are held out ({strategy})."
+    parts["train"] = _Part(take(train.rows, divided.kept.tolist()), train.report)
     parts[name] = _Part(
         take(train.rows, divided.held.tolist(), name),
         CleaningReport(name, read=count, kept=count, notes=(note, *divided.notes)),

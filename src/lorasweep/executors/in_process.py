@@ -21,7 +21,7 @@ from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.conclude import conclude
-from lorasweep.sweep.events import Listener, nobody
+from lorasweep.sweep.events import Listener, Warned, nobody
 from lorasweep.sweep.prepare import Prepared, check_storage, prepare
 from lorasweep.sweep.worker import SweepResult, Worker, parent_run
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
@@ -73,6 +73,13 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
 
 def finish(sweep: OpenSweep, listener: Listener = nobody) -> FinishedSweep:
     """Score the winner on the test split (once) and gather what a report needs."""
+    if left := sweep.study.remaining:
+        listener(
+            Warned(
+                f"{left} of {sweep.prepared.spec.search.trials} trials are still to come; if one "
+                "of them wins, the test split will have to be opened again."
+            )
+        )
     parent = parent_run(sweep.prepared, sweep.study, sweep.tracker)
     return conclude(sweep.prepared, sweep.study, sweep.tracker, parent, listener)
 

@@ -71,13 +71,14 @@ def to_text(document: Mapping[str, JsonValue]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def load_report(path: Path) -> dict[str, JsonValue]:
+def load_report(path: str | Path) -> dict[str, JsonValue]:
     """Read a ``fine_tuning_results.json``, or the one in a report's folder.
 
     Raises:
         DataError: It isn't there, isn't JSON, or is of another version.
     """
-    file = path / "fine_tuning_results.json" if path.is_dir() else path
+    file = Path(path)
+    file = file / "fine_tuning_results.json" if file.is_dir() else file
     try:
         document: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -318,8 +318,13 @@ class Study(Ledger):
         """
         return self._end(number, TrialState.INTERRUPTED, reason)
 
-    def reconcile(self) -> tuple[TrialRecord, ...]:
+    def reconcile(self, *, alone: bool = False) -> tuple[TrialRecord, ...]:
         """Interrupt every running trial whose process is dead or whose lease has expired.
+
+        Args:
+            alone: The caller holds the sweep and knows that nobody else is working on it, so
+                that every running trial is abandoned: also one of a host that a restarted
+                container no longer is.
 
         Returns:
             Those trials.
@@ -331,6 +336,8 @@ class Study(Ledger):
                     continue
                 lease = Lease.from_json(trial.user_attrs.get(ledger.LEASE))
                 why = lease.why_over(self._clock())
+                if alone and not why and trial.number not in self._leases:
+                    why = "its process is gone"
                 if why and self._end(trial.number, TrialState.INTERRUPTED, why):
                     ended.append(self.record(trial.number))
         return tuple(ended)

@@ -221,7 +221,7 @@ def _fill_in(
         value = environment.get(name) or default
         if value is None:
             advice = f"Run `export {name}=…`, or write ${{{name}:-some/default}}."
-            what = f"the environment variable {name} is not set"
+            what = f"the environment variable {name} is not set, or empty"
             problems.append(Problem(source.where(path), what, advice))
             return match.group(0)
         return value

@@ -86,8 +86,11 @@ class Finalists:
         }
 
     def samples(self) -> tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]:
-        """A few texts with each label's probability before and after training."""
-        split = self._prepared.corpus.test or self._prepared.corpus.validation
+        """A few validation texts with each label's probability before and after training.
+
+        Not of the test split, which nothing looks at besides :meth:`test_predictions`.
+        """
+        split = self._prepared.corpus.validation
         rng = np.random.default_rng(derive_seed(self._prepared.spec.seed, "samples"))
         chosen = sorted(rng.choice(len(split), size=min(_SAMPLES, len(split)), replace=False))
         texts = [split.texts[row] for row in chosen]

@@ -13,6 +13,7 @@ from lorasweep.core.errors import InputError, Problem, StorageError
 from lorasweep.core.paths import SweepPaths
 from lorasweep.core.records import Corpus, EncodedSplit
 from lorasweep.data.corpus import load_corpus
+from lorasweep.data.summary import facts, leaks
 from lorasweep.data.tokens import encode
 from lorasweep.model.adapter import check_targets
 from lorasweep.model.base import Base, open_base
@@ -101,7 +102,10 @@ def prepare(spec: Spec, paths: SweepPaths, listener: Listener) -> Prepared:
 
     train = encode(corpus.train, base.tokenizer, base.max_length)
     validation = encode(corpus.validation, base.tokenizer, base.max_length)
-    tell_about_data(corpus, train, listener)
+    for sentence in facts(corpus, (train, validation)):
+        listener(Said(sentence))
+    for sentence in leaks(corpus):
+        listener(Warned(sentence))
     return Prepared(
         spec=spec,
         paths=paths,
@@ -111,38 +115,6 @@ def prepare(spec: Spec, paths: SweepPaths, listener: Listener) -> Prepared:
         validation=validation,
         identity=identity(spec, corpus.fingerprint, base.digest),
     )
-
-
-def tell_about_data(corpus: Corpus, train: EncodedSplit, listener: Listener) -> None:
-    """Say what was read, cleaned, cut off and leaked; nothing of it happens silently."""
-    test = f", {len(corpus.test)} test" if corpus.test else ", no test split"
-    listener(
-        Said(
-            f"{corpus.name}: {len(corpus.train)} train, {len(corpus.validation)} validation"
-            f"{test}; labels {', '.join(corpus.label_names)}"
-        )
-    )
-    for report in corpus.cleaning:
-        parts = [f"{count} {reason}" for reason, count in report.dropped.items() if count]
-        if parts:
-            listener(Said(f"{report.split}: left out {'; '.join(parts)} (of {report.read} rows)"))
-        for note in report.notes:
-            listener(Said(f"{report.split}: {note}"))
-    for leak in corpus.leakage:
-        if leak.contained:
-            listener(
-                Warned(
-                    f"{leak.held_out}: {leak.contained} of {leak.rows} texts ({leak.share:.1%}) "
-                    "lie in, or contain, a training text; scores on them flatter the model"
-                )
-            )
-    if train.truncated:
-        listener(
-            Said(
-                f"train: {train.truncated} of {len(train)} texts are longer than max_length "
-                "and lose their end"
-            )
-        )
 
 
 def file_digest(path: Path) -> str:

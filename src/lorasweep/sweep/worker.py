@@ -149,7 +149,8 @@ class Worker:
 
     def _take_up(self, parent: str) -> None:
         """Close what a killed command left open, in the study and in the tracker alike."""
-        abandoned = self._study.reconcile()
+        # Whoever runs a worker holds the sweep's lock: see executors/in_process.py.
+        abandoned = self._study.reconcile(alone=True)
         for record in abandoned:
             self._listener(
                 Said(f"Trial {run_name(record.number)} was cut off earlier; it is tried again.")

@@ -25,6 +25,7 @@ STUDY_TAG = "lorasweep.study"
 TRIAL_TAG = "lorasweep.trial"
 KIND_TAG = "lorasweep.kind"
 STATE_TAG = "lorasweep.state"
+OBJECTIVE_TAG = "lorasweep.objective"
 CHANGED_TAG = "lorasweep.changed."
 IDENTITY_TAGS = ("lorasweep.spec", "lorasweep.study_id")
 """Tags that, where both sides have them, must agree for a parent run to be the sweep's own: a
@@ -125,7 +126,8 @@ class MlflowTracker:
             else:
                 self.set_tags(found, {**everything, STATE_TAG: TrialState.RUNNING.value})
                 self.client.update_run(found, status="RUNNING")
-            save_view(self.client, self.experiment_id, name=name, parent=found)
+            metric = f"val_{tags.get(OBJECTIVE_TAG, 'f1')}"
+            save_view(self.client, self.experiment_id, name=name, parent=found, sort_by=metric)
             return found
 
     def runs_left_open(self, parent: str) -> list[tuple[int, str]]:
