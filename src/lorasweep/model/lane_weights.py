@@ -87,6 +87,10 @@ class LaneWeights:
         """Return all lanes' values of a parameter, ``(lanes, *shape)``; a leaf with a gradient."""
         return self._parameters[name]
 
+    def gradient(self, name: str) -> Tensor:
+        """Return all lanes' collected gradients of a parameter, ``(lanes, *shape)``."""
+        return self._view(self.gradients, name)
+
     def __contains__(self, name: str) -> bool:
         return name in self.blocks
 

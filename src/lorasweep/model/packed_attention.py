@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lorasweep.model.packed_dropout import kept_mask, kept_scale, rate_byte
+from lorasweep.model.packed_dropout import kept_bits, kept_scale, masked, rate_byte
 
 PACKED = "lorasweep_packed"
 
@@ -37,6 +37,7 @@ class Bucket:
         rows: How many.
         longest: Tokens of the longest; the others are padded to it.
         start: The bucket's first place in the padded order.
+        first_row: How many rows lie in the buckets before it.
         real: Which places are tokens of their row, bool ``(rows, longest)``; None when all.
         window: Which pairs a sliding window lets see each other, by its width; made on demand.
     """
@@ -44,6 +45,7 @@ class Bucket:
     rows: int
     longest: int
     start: int
+    first_row: int
     real: Tensor | None
     window: dict[int, Tensor] = field(default_factory=dict)
 
@@ -61,19 +63,34 @@ class Buckets:
         each: The buckets, in padded order.
         token: Which token each place of the padded order holds, int64 ``(places,)``.
         place: Where each token lies in the padded order, int64 ``(tokens,)``.
-        by_head: ``token`` and ``place`` for a layout with heads, by number of heads.
+        row: Which row of the batch comes next in the padded order, int64 ``(rows,)``.
+        by_head: Indices for a layout with heads, by number of heads and kind.
     """
 
     each: tuple[Bucket, ...]
     token: Tensor
     place: Tensor
-    by_head: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    row: Tensor
+    by_head: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def indices(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Return indices between ``(tokens, heads)`` rows and ``(row, head, place)`` rows."""
-        if heads not in self.by_head:
-            self.by_head[heads] = self._indices(heads)
-        return self.by_head[heads]
+    def indices(self, heads: int, first_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Return indices from ``(token, head)`` to ``(row, head, place)`` order, and back.
+
+        Args:
+            heads: How many.
+            first_only: For queries of each row's first token only: from ``(row, head)`` in the
+                batch's order to ``(row, head)`` in the padded order, and back.
+        """
+        kind = heads, first_only
+        if kind not in self.by_head:
+            made = self._first_indices(heads) if first_only else self._indices(heads)
+            self.by_head[kind] = made
+        return self.by_head[kind]
+
+    def _first_indices(self, heads: int) -> tuple[Tensor, Tensor]:
+        head = torch.arange(heads, device=self.row.device)
+        forth = (self.row[:, None] * heads + head[None, :]).flatten()
+        return forth, torch.argsort(forth)
 
     def _indices(self, heads: int) -> tuple[Tensor, Tensor]:
         head = torch.arange(heads, device=self.token.device)
@@ -116,13 +133,14 @@ def make_buckets(lengths: NDArray[np.int64], device: torch.device) -> Buckets:
         grid = at + np.arange(len(rows))[:, None] * longest + column[None, :]
         place[token[real]] = grid[real]
         mask = None if real.all() else torch.from_numpy(real).to(device)
-        each.append(Bucket(len(rows), longest, at, mask))
+        each.append(Bucket(len(rows), longest, at, first, mask))
         tokens.append(token.ravel())
         at += len(rows) * longest
     return Buckets(
         tuple(each),
         torch.from_numpy(np.concatenate(tokens)).to(device),
         torch.from_numpy(place).to(device),
+        torch.from_numpy(order).to(device),
     )
 
 
@@ -159,47 +177,58 @@ class RowAttention(torch.autograd.Function):
         dropout: AttentionDropout | None,
         window: int | None,
     ) -> Tensor:
-        """Return ``(tokens, heads, width)`` from three of the same shape."""
-        tokens, heads, width = query.shape
-        forth, back = buckets.indices(heads)
-        laid = [x.reshape(-1, width).index_select(0, forth) for x in (query, key, value)]
-        out = torch.empty_like(laid[0])
+        """Return ``(tokens, heads, width)`` from three of the same shape.
+
+        With a query for each row instead of each token, ``(rows, heads, width)``, only each
+        row's first token attends.
+        """
+        _, heads, width = query.shape
+        first_only = len(query) != len(key)
+        forth, back = buckets.indices(heads, first_only)
+        all_forth, all_back = buckets.indices(heads)
+        q_laid = query.reshape(-1, width).index_select(0, forth)
+        k_laid, v_laid = (x.reshape(-1, width).index_select(0, all_forth) for x in (key, value))
+        out = torch.empty_like(q_laid)
         weights, kept = [], []
         for bucket in buckets.each:
-            q, k, v, o = (_of_bucket(x, bucket, heads) for x in (*laid, out))
+            q, o = (_of_bucket(x, bucket, heads, first_only) for x in (q_laid, out))
+            k, v = (_of_bucket(x, bucket, heads) for x in (k_laid, v_laid))
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
             weight = _softmax(scores, bucket, heads, window)
+            mask = None
+            if dropout is not None:
+                mask = dropout.mask(buckets, bucket, heads, o.dtype, first_only)
             weights.append(weight)
-            mask = None if dropout is None else dropout.mask(buckets, bucket, heads, o.dtype)
             kept.append(mask)
-            torch.bmm(weight if mask is None else weight * mask, v, out=o)
-        ctx.save_for_backward(*laid, forth, back, *weights, *kept)
-        ctx.packing = (scaling, buckets, heads, tokens)
-        return out.index_select(0, back).view(tokens, heads, width)
+            torch.bmm(_dropped(weight, mask, dropout), v, out=o)
+        ctx.save_for_backward(q_laid, k_laid, v_laid, back, all_back, *weights, *kept)
+        ctx.packing = (scaling, buckets, dropout, first_only)
+        return out.index_select(0, back).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaling, buckets, heads, tokens = ctx.packing
-        query, key, value, forth, back, *rest = ctx.saved_tensors
+        scaling, buckets, dropout, first_only = ctx.packing
+        query, key, value, back, all_back, *rest = ctx.saved_tensors
         weights, kept = rest[: len(buckets.each)], rest[len(buckets.each) :]
-        width = query.shape[-1]
+        _, heads, width = grads[0].shape
         # Padding places repeat a token; what they output is never read, so its gradient is 0.
-        grad_out = grads[0].new_zeros(query.shape)
+        grad_out = torch.zeros_like(query)
         grad_out.index_copy_(0, back, grads[0].reshape(-1, width))
         results = [torch.empty_like(x) for x in (query, key, value)]
         for bucket, weight, mask in zip(buckets.each, weights, kept, strict=True):
-            q, k, v, go, gq, gk, gv = (
-                _of_bucket(x, bucket, heads) for x in (query, key, value, grad_out, *results)
+            q, go, gq = (
+                _of_bucket(x, bucket, heads, first_only) for x in (query, grad_out, results[0])
             )
-            torch.bmm((weight if mask is None else weight * mask).transpose(1, 2), go, out=gv)
-            grad_weight = torch.bmm(go, v.transpose(1, 2))
-            if mask is not None:
-                grad_weight *= mask
-            grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-            grad_scores *= scaling
+            k, v, gk, gv = (_of_bucket(x, bucket, heads) for x in (key, value, *results[1:]))
+            torch.bmm(_dropped(weight, mask, dropout).transpose(1, 2), go, out=gv)
+            grad_weight = _dropped(torch.bmm(go, v.transpose(1, 2)), mask, dropout)
+            grad_scores = _softmax_gradient(grad_weight, weight).mul_(scaling)
             torch.bmm(grad_scores, k, out=gq)
             torch.bmm(grad_scores.transpose(1, 2), q, out=gk)
-        gathered = (x.index_select(0, back).view(tokens, heads, width) for x in results)
+        gathered = (
+            found.index_select(0, index).view(-1, heads, width)
+            for found, index in zip(results, (back, all_back, all_back), strict=True)
+        )
         return (*gathered, None, None, None, None)
 
 
@@ -217,15 +246,22 @@ class AttentionDropout:
     key: int
     rate: float
 
-    def mask(self, buckets: Buckets, bucket: Bucket, heads: int, dtype: torch.dtype) -> Tensor:
-        """Return what each weight is multiplied by, ``(rows * heads, longest, longest)``."""
+    def mask(
+        self,
+        buckets: Buckets,
+        bucket: Bucket,
+        heads: int,
+        dtype: torch.dtype,
+        first_only: bool = False,
+    ) -> Tensor:
+        """Return which weights are kept, as bits, ``(rows * heads, queries, longest)``."""
         token = buckets.token[bucket.start : bucket.start + bucket.places]
-        streams = self.streams[token].view(bucket.rows, 1, bucket.longest)
+        token = token.view(bucket.rows, 1, bucket.longest)
+        streams = self.streams[token[..., :1] if first_only else token]
         # A stream for each head: odd multiples keep them apart.
         offset = torch.arange(1, 2 * heads, 2, device=streams.device).view(1, heads, 1)
-        kept = kept_mask(streams * offset, self.key, bucket.longest, rate_byte(self.rate))
-        kept = kept.view(bucket.rows * heads, bucket.longest, bucket.longest)
-        return kept.to(dtype).mul_(kept_scale(self.rate))
+        kept = kept_bits(streams * offset, self.key, bucket.longest, rate_byte(self.rate), dtype)
+        return kept.view(bucket.rows * heads, -1, bucket.longest)
 
 
 def packed_attention(
@@ -270,20 +306,41 @@ def register() -> None:
     AttentionInterface.register(PACKED, packed_attention)
 
 
-def _of_bucket(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
-    """View a bucket's part of ``(places * heads, width)`` as ``(rows * heads, longest, width)``."""
-    part = x.narrow(0, bucket.start * heads, bucket.places * heads)
-    return part.view(bucket.rows * heads, bucket.longest, x.shape[-1])
+def _of_bucket(x: Tensor, bucket: Bucket, heads: int, first_only: bool = False) -> Tensor:
+    """View a bucket's part of ``(places * heads, width)`` as ``(rows * heads, longest, width)``.
+
+    With ``first_only``, its part of ``(rows * heads, width)`` as ``(rows * heads, 1, width)``.
+    """
+    start, places = (bucket.first_row, bucket.rows) if first_only else (bucket.start, bucket.places)
+    part = x.narrow(0, start * heads, places * heads)
+    return part.view(bucket.rows * heads, -1, x.shape[-1])
 
 
 def _softmax(scores: Tensor, bucket: Bucket, heads: int, window: int | None) -> Tensor:
-    """Return the attention weights of ``(rows * heads, longest, longest)`` scores."""
-    grid = scores.view(bucket.rows, heads, bucket.longest, bucket.longest)
+    """Return the attention weights of ``(rows * heads, queries, longest)`` scores."""
+    grid = scores.view(bucket.rows, heads, -1, bucket.longest)
     if window is not None and bucket.longest > window:
-        grid.masked_fill_(_outside_window(bucket, window, scores.device), -torch.inf)
+        unseen = _outside_window(bucket, window, scores.device)
+        grid.masked_fill_(unseen[:, :, : grid.shape[2]], -torch.inf)
     elif bucket.real is not None:
         grid.masked_fill_(~bucket.real[:, None, None, :], -torch.inf)
-    return torch.softmax(scores, -1)
+    # In float32: more exact, and torch's bfloat16 softmax is slow where rows don't fill vectors.
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores.to(wide), -1).to(scores.dtype)
+
+
+def _softmax_gradient(gradient: Tensor, weights: Tensor) -> Tensor:
+    """Return the gradient of the scores, from that of the weights."""
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    found = torch._softmax_backward_data(gradient.to(wide), weights.to(wide), -1, wide)
+    return found.to(weights.dtype)
+
+
+def _dropped(weights: Tensor, bits: Tensor | None, dropout: AttentionDropout | None) -> Tensor:
+    """Apply dropout to attention weights, or to their gradient."""
+    if bits is None or dropout is None:
+        return weights
+    return masked(weights, bits).mul_(kept_scale(dropout.rate))
 
 
 def _outside_window(bucket: Bucket, window: int, device: torch.device) -> Tensor:

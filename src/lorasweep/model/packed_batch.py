@@ -46,6 +46,7 @@ class PackedBatch:
             the mean over its own rows.
         buckets: How attention lays the rows out.
         streams, row_streams: Dropout streams of tokens, and rows; None outside training.
+        lane_streams: One for each lane, for what all of its rows share.
         split_tokens: Where each token lies in its split, int64 ``(tokens,)``.
     """
 
@@ -62,6 +63,7 @@ class PackedBatch:
     buckets: Buckets
     streams: Tensor | None
     row_streams: Tensor | None
+    lane_streams: Tensor | None
     split_tokens: Tensor
 
     @property
@@ -100,13 +102,15 @@ def lay_out(
     split_tokens = np.repeat(split.offsets[rows], lengths) + positions
     token_lane = np.repeat(row_lane, lengths)
     lane_tokens = np.bincount(token_lane, minlength=len(lanes))
-    streams = row_streams = None
+    streams = row_streams = lane_streams = None
     if training:
         keys = np.array([lane.key for lane in lanes], dtype=np.int64)
         steps = np.array([lane.step for lane in lanes], dtype=np.int64)
         made = token_keys(keys[token_lane], steps[token_lane], np.repeat(rows, lengths), positions)
         streams = torch.from_numpy(made).to(device)
         row_streams = torch.from_numpy(made[first]).to(device)
+        none = np.full(len(lanes), -1, dtype=np.int64)
+        lane_streams = torch.from_numpy(token_keys(keys, steps, none, none)).to(device)
 
     def there(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -126,5 +130,6 @@ def lay_out(
         buckets=make_buckets(lengths, device),
         streams=streams,
         row_streams=row_streams,
+        lane_streams=lane_streams,
         split_tokens=there(split_tokens),
     )

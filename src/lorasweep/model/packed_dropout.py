@@ -13,6 +13,8 @@ scaled by the rounded rate, so the expectation is exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,6 +25,12 @@ from lorasweep.core.seeding import derive_seed
 _WEYL = -7046029254386353131  # 2**64 / golden ratio, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # SplitMix64's multipliers
 _MIX_2 = -7723592293110705685
+_WHOLE = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def lane_key(seed: int) -> int:
@@ -82,27 +90,69 @@ def random_bytes(streams: Tensor, key: int, width: int) -> Tensor:
     return found[..., :width]
 
 
-def kept_mask(streams: Tensor, key: int, width: int, rate: int | Tensor) -> Tensor:
-    """Return which elements dropout keeps: bool, ``(*streams.shape, width)``.
+def kept_bits(
+    streams: Tensor, key: int, width: int, rate: int | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return which elements dropout keeps: all bits set where kept, none where dropped.
+
+    Such a mask is applied by a bitwise *and*: comparisons and products with a bool mask take
+    torch several times as long on a CPU.
 
     Args:
         streams: int64, of each token.
         key: From :func:`module_key`.
         width: Elements a token.
-        rate: From :func:`rate_byte`: one number, or uint8 that broadcasts over the result.
+        rate: From :func:`rate_byte`: one number, or int16 that broadcasts over the result.
+        dtype: Of what the mask is for.
+
+    Returns:
+        A whole number type as wide as ``dtype``, ``(*streams.shape, width)``.
     """
-    return random_bytes(streams, key, width) >= rate
+    drawn = random_bytes(streams, key, width).to(torch.int16)
+    # Negative, so all ones after the shift, exactly where the byte is rate or more.
+    bits = torch.sub(rate - 1, drawn, out=drawn) if isinstance(rate, Tensor) else None
+    bits = drawn.neg_().add_(rate - 1) if bits is None else bits
+    bits = bits.bitwise_right_shift_(15)
+    return bits if _WHOLE[dtype] is torch.int16 else bits.to(_WHOLE[dtype])
+
+
+def masked(x: Tensor, bits: Tensor) -> Tensor:
+    """Set what ``bits`` drops to zero, and keep the rest as it is; no gradient."""
+    return (x.view(bits.dtype) & bits).view(x.dtype)
+
+
+class Dropout(torch.autograd.Function):
+    """``x`` where kept, times the scale; the same for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float) -> Tensor:
+        """Return a tensor like ``x``."""
+        ctx.save_for_backward(bits)
+        ctx.scale = scale
+        return masked(x.contiguous(), bits).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Drop the same elements of the gradient."""
+        (bits,) = ctx.saved_tensors
+        return masked(grads[0].contiguous(), bits).mul_(ctx.scale), None, None
 
 
 def scrambled(state: Tensor, in_place: bool = False) -> Tensor:
-    """Scramble 64-bit states by SplitMix64's finaliser (here with arithmetic shifts)."""
+    """Scramble 64-bit states by SplitMix64's finaliser; int64 in, int64 out."""
     state = state if in_place else state.clone()
-    state.bitwise_xor_(state >> 30).mul_(_MIX_1)
-    state.bitwise_xor_(state >> 27).mul_(_MIX_2)
-    return state.bitwise_xor_(state >> 31)
+    state.bitwise_xor_(_shifted(state, 30)).mul_(_MIX_1)
+    state.bitwise_xor_(_shifted(state, 27)).mul_(_MIX_2)
+    return state.bitwise_xor_(_shifted(state, 31))
+
+
+def _shifted(state: Tensor, places: int) -> Tensor:
+    """Shift to the right and fill with zeros; torch's own shift repeats the sign."""
+    return (state >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _scrambled(state: NDArray[np.int64]) -> NDArray[np.int64]:
-    state = (state ^ (state >> 30)) * np.int64(_MIX_1)
-    state = (state ^ (state >> 27)) * np.int64(_MIX_2)
-    return state ^ (state >> 31)
+    found = state.view(np.uint64)
+    found = (found ^ (found >> np.uint64(30))) * np.int64(_MIX_1).view(np.uint64)
+    found = (found ^ (found >> np.uint64(27))) * np.int64(_MIX_2).view(np.uint64)
+    return (found ^ (found >> np.uint64(31))).view(np.int64)

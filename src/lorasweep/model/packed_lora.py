@@ -24,7 +24,9 @@ from lorasweep.model.base import FreshClassifier
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
-from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte
+from lorasweep.model.packed_disentangled import carries_disentangled
+from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte, scrambled
+from lorasweep.model.packed_last_layer import spare_last_layer
 from lorasweep.model.packed_modules import (
     AdaptableLinear,
     KeyedDropout,
@@ -64,7 +66,7 @@ class Side:
         lane: Each entry's lane, int64 ``(entries,)``.
         streams: Dropout streams, int64 ``(entries,)``; None outside training.
         scaling: Of each entry's adapter, ``(entries, 1)``, dropout's rescaling included.
-        rate: Dropout byte of each entry's adapter, uint8 ``(entries, 1)``; None where no
+        rate: Dropout byte of each entry's adapter, int16 ``(entries, 1)``; None where no
             lane drops anything.
     """
 
@@ -181,6 +183,27 @@ class PackedModel:
         """Return the batch as seen by a layer with this many input vectors."""
         return self._sides[entries]
 
+    def shared_side(self, entries: int, first: int) -> Side:
+        """Return the side of what all rows share, repeated for each lane.
+
+        Args:
+            entries: How many vectors each lane has; they lie lane after lane.
+            first: Number of the first one, so that its dropout doesn't depend on the others.
+        """
+        lanes = torch.arange(self.lanes, device=self.device)
+        lane = lanes.repeat_interleave(entries)
+        streams = None
+        if self.batch.lane_streams is not None:
+            number = torch.arange(first, first + entries, device=self.device)
+            streams = scrambled(self.batch.lane_streams[:, None] + number[None, :]).flatten()
+        return Side(
+            ends=((lanes + 1) * entries).to(torch.int32),
+            lane=lane,
+            streams=streams,
+            scaling=self._scaling.index_select(0, lane).unsqueeze(1),
+            rate=None if self._rate is None else self._rate.index_select(0, lane).unsqueeze(1),
+        )
+
     def _make_sides(self, training: bool) -> None:
         batch = self.batch
         rates = [rate_byte(setting.dropout) if training else 0 for setting in self._settings]
@@ -189,7 +212,8 @@ class PackedModel:
             for setting in self._settings
         ]
         scaling = torch.tensor(scales, device=self.device, dtype=self.weights.dtype)
-        rate = torch.tensor(rates, device=self.device, dtype=torch.uint8) if any(rates) else None
+        rate = torch.tensor(rates, device=self.device, dtype=torch.int16) if any(rates) else None
+        self._scaling, self._rate = scaling, rate
         for ends, lane, streams in (
             (batch.row_ends, batch.row_lane, batch.row_streams),
             (batch.token_ends, batch.token_lane, batch.streams),
@@ -221,6 +245,9 @@ class PackedModel:
                 self.model.set_submodule(name, new)
             module.__dict__["pack"] = self
             module.__dict__["pack_key"] = module_key(f"{name}.weights")
+        unfit = carries_disentangled(self, self.model)
+        if unfit:
+            raise self._unfit(unfit)
         register()
         self.model.config._attn_implementation = PACKED
 
@@ -249,6 +276,9 @@ class PackedModel:
         if not stacks:
             raise self._unfit("its layers were not found")
         last = encoder.final_norm if self._pools_means else stacks[0][-1]
+        if not self._pools_means:
+            spare_last_layer(self, self.model, self.model.config.model_type, last)
+            last = stacks[0][-1]
         last.register_forward_hook(
             replace_output(row_means if self._pools_means else first_tokens, self)
         )

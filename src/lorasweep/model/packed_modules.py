@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasweep.model.packed_dropout import kept_mask, kept_scale, module_key, rate_byte
+from lorasweep.model.packed_dropout import Dropout, kept_bits, kept_scale, module_key, rate_byte
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 
 if TYPE_CHECKING:
-    from lorasweep.model.packed_lora import PackedModel
+    from lorasweep.model.packed_lora import PackedModel, Side
 
 
 class PackedModule(nn.Module):
@@ -25,13 +25,19 @@ class PackedModule(nn.Module):
     Args:
         pack: The pack; not a submodule, so that it isn't moved, counted or saved.
         name: Full name in the base.
+
+    Attributes:
+        pack_key: Of its dropout masks.
     """
+
+    pack: PackedModel
+    pack_key: int
 
     def __init__(self, pack: PackedModel, name: str) -> None:
         super().__init__()
         self.__dict__["pack"] = pack
-        self.name = name
-        self.key = module_key(name)
+        self.pack_name = name
+        self.__dict__["pack_key"] = module_key(name)
 
 
 class AdaptableLinear(PackedModule):
@@ -44,16 +50,21 @@ class AdaptableLinear(PackedModule):
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
         self.down, self.up = f"{name}.lora_A", f"{name}.lora_B"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``(…, in)``: all tokens, or one vector a row."""
+    def forward(self, x: Tensor, side: Side | None = None) -> Tensor:
+        """Apply the layer to ``(…, in)``: all tokens, or one vector a row.
+
+        Args:
+            x: The input.
+            side: Whose each vector is, where they are neither tokens nor rows.
+        """
         weights = self.pack.weights
         if self.down not in weights:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        side = self.pack.side(flat.shape[0])
+        side = side or self.pack.side(flat.shape[0])
         kept = None
         if side.rate is not None and side.streams is not None:
-            kept = kept_mask(side.streams, self.key, self.in_features, side.rate)
+            kept = kept_bits(side.streams, self.pack_key, self.in_features, side.rate, x.dtype)
         y = adapted_linear(
             flat,
             weights.parameter(self.down),
@@ -78,8 +89,8 @@ class LaneLinearLayer(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply each lane's layer to its rows, ``(…, in)``."""
         weights = self.pack.weights
-        weight = weights.parameter(f"{self.name}.weight")
-        bias = weights.parameter(f"{self.name}.bias") if self.biased else None
+        weight = weights.parameter(f"{self.pack_name}.weight")
+        bias = weights.parameter(f"{self.pack_name}.bias") if self.biased else None
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         side = self.pack.side(flat.shape[0])
         y = lane_linear(flat, weight, bias, side.ends, side.lane)
@@ -97,12 +108,12 @@ class LaneLayerNorm(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(…, hidden)``."""
         weights = self.pack.weights
-        scale = weights.parameter(f"{self.name}.weight")
+        scale = weights.parameter(f"{self.pack_name}.weight")
         flat = x.reshape(-1, x.shape[-1]).to(scale.dtype)
         lane = self.pack.side(flat.shape[0]).lane
         y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * scale.index_select(0, lane)
         if self.biased:
-            y = y + weights.parameter(f"{self.name}.bias").index_select(0, lane)
+            y = y + weights.parameter(f"{self.pack_name}.bias").index_select(0, lane)
         return y.view(x.shape)
 
 
@@ -117,19 +128,25 @@ class KeyedDropout(PackedModule):
         super().__init__(pack, name)
         self.p = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop elements of ``(…, hidden)`` while training."""
+    def forward(self, x: Tensor, side: Side | None = None) -> Tensor:
+        """Drop elements of ``(…, hidden)`` while training; ``side`` as in AdaptableLinear."""
         if not self.training or self.p == 0:
             return x
-        side = self.pack.side(x.numel() // x.shape[-1])
+        side = side or self.pack.side(x.numel() // x.shape[-1])
         if side.streams is None:
             return x
-        kept = kept_mask(side.streams, self.key, x.shape[-1], rate_byte(self.p))
-        return x * kept.to(x.dtype).mul_(kept_scale(self.p)).view(x.shape)
+        bits = kept_bits(side.streams, self.pack_key, x.shape[-1], rate_byte(self.p), x.dtype)
+        result: Tensor = Dropout.apply(x, bits.view(x.shape), kept_scale(self.p))
+        return result
 
 
 def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
-    """From ``(1, tokens, hidden)`` take each row's first token: ``(rows, 1, hidden)``."""
+    """From ``(1, tokens, hidden)`` take each row's first token: ``(rows, 1, hidden)``.
+
+    What already is one vector a row stays as it is.
+    """
+    if hidden.shape[1] == 1:
+        return hidden
     return hidden[0].index_select(0, pack.batch.first).unsqueeze(1)
 
 

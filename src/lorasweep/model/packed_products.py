@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasweep.model.packed_dropout import masked
+
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Multiply each lane's rows with its own matrix.
@@ -73,7 +75,7 @@ class AdaptedLinear(torch.autograd.Function):
         ends: Tensor,
     ) -> Tensor:
         narrow = grouped_product(
-            x if kept is None else x * kept, down.to(x.dtype).transpose(1, 2), ends
+            x if kept is None else masked(x, kept), down.to(x.dtype).transpose(1, 2), ends
         )
         narrow = narrow.mul_(scaling)
         y = F.linear(x, weight, bias)
@@ -87,14 +89,14 @@ class AdaptedLinear(torch.autograd.Function):
         x, down, up, weight, scaling, kept, ends, narrow = ctx.saved_tensors
         grad_up = grouped_outer(grad, narrow, ends).to(up.dtype)
         grad_narrow = grouped_product(grad, up.to(grad.dtype), ends).mul_(scaling)
-        dropped = x if kept is None else x * kept
+        dropped = x if kept is None else masked(x, kept)
         grad_down = grouped_outer(grad_narrow, dropped, ends).to(down.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grouped_product(grad_narrow, down.to(grad.dtype), ends)
             if kept is not None:
-                grad_x *= kept
-            grad_x = torch.addmm(grad_x, grad, weight)
+                grad_x = masked(grad_x, kept)
+            grad_x.addmm_(grad, weight)
         return grad_x, grad_down, grad_up, None, None, None, None, None
 
 
@@ -117,7 +119,8 @@ def adapted_linear(
         up: LoRA's B, ``(lanes, out, rank)``.
         weight, bias: Of the frozen layer, ``(out, in)`` and ``(out,)``.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
-        kept: Dropout's mask on the adapter's input, bool ``(tokens, in)``; None for no dropout.
+        kept: Dropout's mask on the adapter's input, from
+            :func:`lorasweep.model.packed_dropout.kept_bits`; None for no dropout.
         ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
 
     Returns:

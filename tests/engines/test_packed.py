@@ -1,0 +1,348 @@
+"""What only a pack has: neighbours, refill, shrinking, memory, tokens that are all real."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.core.records import (
+    AdapterPlan,
+    EncodedSplit,
+    EngineSettings,
+    EpochEvaluation,
+    Outcome,
+    StepReport,
+    TrialFacts,
+    TrialPlan,
+    TrialState,
+    Verdict,
+)
+from lorasweep.core.seeding import derive_seed
+from lorasweep.engines import packed as packed_module
+from lorasweep.engines.packed import PackedEngine, PackRun
+from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.model.base import Base, open_base
+from lorasweep.spec.schema import ModelSpec
+
+SETTINGS = EngineSettings(precision="fp32", device="cpu", log_every=1, eval_batch_size=16)
+NEIGHBOURS = 1e-5  # the stated tolerance: sums are taken in another order among other rows
+
+
+@dataclass
+class Recorder:
+    answer: Callable[[EpochEvaluation], Verdict] = lambda evaluation: Verdict(False, True)
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    facts: dict[int, TrialFacts] = field(default_factory=dict)
+    log: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def started(self, trial: int, facts: TrialFacts) -> None:
+        self.facts[trial] = facts
+        self.log.append(("started", trial, 0))
+
+    def stepped(self, report: StepReport) -> None:
+        self.losses.setdefault(report.trial, []).append(report.loss)
+        self.log.append(("stepped", report.trial, report.step))
+
+    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
+        self.logits.setdefault(evaluation.trial, []).append(evaluation.logits)
+        self.log.append(("evaluated", evaluation.trial, evaluation.step))
+        return self.answer(evaluation)
+
+
+def split_of(base: Base, rows: int, seed: int) -> EncodedSplit:
+    rng = np.random.default_rng(seed)
+    pieces = [
+        np.concatenate([[2], rng.integers(5, base.config.vocab_size, rng.integers(1, 20)), [3]])
+        for _ in range(rows)
+    ]
+    return EncodedSplit(
+        name="some",
+        tokens=np.concatenate(pieces).astype(np.int32),
+        offsets=np.cumsum([0, *(len(piece) for piece in pieces)]).astype(np.int64),
+        labels=np.asarray([piece.sum() % 2 for piece in pieces], dtype=np.int64),
+    )
+
+
+@pytest.fixture
+def base(tiny_base_folder) -> Base:
+    """Dropout as the model's own configuration has it: 0.1."""
+    return open_base(ModelSpec(name=str(tiny_base_folder("bert")), max_length=64), ("no", "yes"))
+
+
+@pytest.fixture
+def engine(base) -> Callable[..., PackedEngine]:
+    def make(lanes: int | str = 3, **settings: object) -> PackedEngine:
+        chosen = dataclasses.replace(SETTINGS, **settings)
+        return PackedEngine(base, split_of(base, 40, 1), split_of(base, 20, 2), chosen, lanes)
+
+    return make
+
+
+@pytest.fixture
+def plan(tmp_path) -> Callable[..., TrialPlan]:
+    def make(number: int, **changes: object) -> TrialPlan:
+        made = TrialPlan(
+            number=number,
+            seed=number,
+            adapter=AdapterPlan(rank=4, alpha=8.0, dropout=0.2),
+            learning_rate=2e-3,
+            epochs=2,
+            batch_size=8,
+            weight_decay=0.01,
+            warmup=0.1,
+            scheduler="linear",
+            max_grad_norm=1.0,
+            folder=tmp_path / f"{number:04d}",
+        )
+        return dataclasses.replace(made, **changes)
+
+    return make
+
+
+def run(engine: PackedEngine, plans: object, recorder: Recorder | None = None) -> Recorder:
+    recorder = recorder or Recorder()
+    for outcome in engine.run(plans, recorder):
+        recorder.log.append((outcome.state.value, outcome.trial, outcome.steps))
+    return recorder
+
+
+def same(one: Recorder, other: Recorder, trial: int, tolerance: float) -> None:
+    np.testing.assert_allclose(
+        one.losses[trial], other.losses[trial], rtol=0, atol=tolerance, strict=True
+    )
+    for a, b in zip(one.logits[trial], other.logits[trial], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def test_neighbours_lane_and_refill_change_nothing_dropout_included(engine, plan):
+    mine = plan(9, epochs=3)
+    alone = run(engine(1), [mine])
+    first = run(engine(4), [mine, plan(1, batch_size=3), plan(2), plan(3, epochs=1)])
+    others = [
+        plan(4, epochs=1, adapter=AdapterPlan(16, 4.0, 0.5, ("all-linear",))),
+        plan(5, epochs=3, learning_rate=0.1),
+        plan(6, batch_size=16),
+    ]
+    refilled = run(engine(2), [*others[:2], mine, others[2]])
+    assert refilled.facts[9].lane == 1
+    same(alone, first, 9, NEIGHBOURS)
+    same(alone, refilled, 9, NEIGHBOURS)
+
+
+def test_a_lane_is_refilled_at_the_next_step_and_nobody_waits(engine, plan):
+    long, short = plan(1, epochs=4), [plan(n, epochs=1) for n in (2, 3, 4)]
+    recorder = run(engine(2), [long, *short])
+    # 5 steps an epoch: while the long one does its 20, three short ones follow each other.
+    pairs = [(kind, trial, step) for kind, trial, step in recorder.log if kind != "evaluated"]
+    for number in (3, 4):
+        at = pairs.index(("started", number, 0))
+        before = max(step for kind, trial, step in pairs[:at] if trial == 1)
+        assert pairs[at - 1][:2] == ("completed", number - 1)
+        assert pairs[at + 1] == ("stepped", 1, before + 1)
+        assert pairs[at + 2] == ("stepped", number, 1)
+    made = engine(2)
+    run(made, [long, *short])
+    assert made.use.idle_places == 0
+    assert made.use.steps == 20
+    assert made.use.lane_steps == 35
+
+
+def test_the_pack_shrinks_when_no_plan_is_left(engine, plan):
+    made = engine(3)
+    sizes = []
+    recorder = Recorder(lambda e: (sizes.append(made.model.lanes), Verdict(False, True))[1])
+    run(made, [plan(1, epochs=1), plan(2, epochs=2), plan(3, epochs=3)], recorder)
+    assert sizes == [3, 3, 3, 2, 2, 1]
+
+
+def test_pruning_works_among_running_lanes(engine, plan):
+    verdicts = Recorder(lambda e: Verdict(False, e.trial != 2))
+    recorder = run(engine(2), [plan(1), plan(2), plan(3)], verdicts)
+    ended = [entry for entry in recorder.log if entry[0] in ("completed", "pruned")]
+    assert ended == [("pruned", 2, 5), ("completed", 1, 10), ("completed", 3, 10)]
+    same(run(engine(1), [plan(3)]), recorder, 3, NEIGHBOURS)
+
+
+def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(engine, plan):
+    bad = plan(1, learning_rate=1e30, max_grad_norm=0.0)
+    recorder = run(engine(3), [plan(2), bad, plan(3)])
+    failed = [entry for entry in recorder.log if entry[0] == "failed"]
+    assert [entry[1] for entry in failed] == [1]
+    # Bit by bit: as with a neighbour of the same rows that leaves at the same step.
+    made = engine(3)
+    good = dataclasses.replace(bad, learning_rate=1e-3, max_grad_norm=1.0)
+    steps = failed[0][2]
+    assert 0 < steps < 10
+    other = Recorder()
+    pack = PackRun(made, iter([plan(2), good, plan(3)]), other)
+    list(pack._fill())
+    for _ in range(steps + 1):
+        pack._step()
+    pack._keep([pack.lanes[0], pack.lanes[2]])
+    while any(lane.outcome is None for lane in pack.lanes):
+        pack._step()
+    for trial in (2, 3):
+        assert recorder.losses[trial] == other.losses[trial]
+        for a, b in zip(recorder.logits[trial], other.logits[trial], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_running_out_of_memory_halves_the_lanes_and_loses_no_step(engine, plan, monkeypatch):
+    plans = [plan(number) for number in range(1, 6)]
+    expected = run(engine(4), plans)
+    made = engine(4)
+    model = made.model
+    forward = model.forward
+    calls = []
+
+    def tight(batch, *, training):
+        calls.append(model.lanes)
+        if training and model.lanes > 2 and len(calls) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(batch, training=training)
+
+    monkeypatch.setattr(model, "forward", tight)
+    recorder = run(made, plans)
+    assert made.use.halved == 1
+    assert made.capacity == 2
+    for number in range(1, 6):
+        assert recorder.log.count(("completed", number, 10)) == 1
+        assert recorder.log.count(("started", number, 0)) == 1
+        same(expected, recorder, number, NEIGHBOURS)
+
+
+def test_a_trial_that_does_not_fit_alone_fails_with_that_reason(engine, plan, monkeypatch):
+    made = engine(2)
+    forward = made.model.forward
+
+    def tight(batch, *, training):
+        if 1 in [lane.plan.number for lane in pack_lanes()]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return forward(batch, training=training)
+
+    entered: list[PackRun] = []
+    original = PackRun.__init__
+    monkeypatch.setattr(
+        PackRun, "__init__", lambda self, *a: (entered.append(self), original(self, *a))[1]
+    )
+    monkeypatch.setattr(made.model, "forward", tight)
+
+    def pack_lanes() -> list:
+        return entered[-1].lanes
+
+    outcomes = {o.trial: o for o in made.run([plan(1), plan(2)], Recorder())}
+    assert outcomes[1].state is TrialState.FAILED
+    assert "out of memory at batch size 8 and rank 4" in outcomes[1].reason
+    assert outcomes[2].state is TrialState.COMPLETED
+
+
+def test_auto_measures_a_lane_and_fills_the_memory(engine, plan, monkeypatch):
+    made = engine("auto")
+    assert made.capacity == 8  # a tiny base: as many as pay on a CPU
+    per_lane = made.use.bytes_per_lane
+    assert per_lane > 10_000
+    monkeypatch.setattr(packed_module, "free_bytes", lambda device: 6 * per_lane)
+    tight = engine("auto")
+    assert tight.capacity == 3  # 60 % of what is free
+    assert run(tight, [plan(1, epochs=1)]).log[-1] == ("completed", 1, 5)
+
+
+def test_what_the_trial_gets_when_precision_is_bf16(engine, plan):
+    made = engine(2, precision="bf16")
+    recorder = run(made, [plan(1), plan(2)])
+    assert {p.dtype for p in made.model.model.parameters()} == {torch.bfloat16}
+    assert made.model.weights.weights.dtype == made.model.weights.first.dtype == torch.float32
+    exact = run(engine(2), [plan(1), plan(2)])
+    for trial in (1, 2):
+        np.testing.assert_allclose(recorder.losses[trial], exact.losses[trial], atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["neighbour", "interrupt"])
+def test_the_plans_come_one_by_one_and_an_interrupt_goes_through(kind, engine, plan):
+    def plans() -> Iterator[TrialPlan]:
+        yield plan(1)
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        yield plan(2)
+
+    if kind == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            run(engine(2), plans())
+    else:
+        assert len(run(engine(2), plans()).losses) == 2
+
+
+def test_with_dropout_the_mean_over_seeds_agrees_with_the_trainers(base, plan):
+    """Two one-sided tests (Schuirmann 1987): the difference of means is shown to be small.
+
+    The engines draw different masks, so single trials differ; pairs share head, adapter and
+    order. Equivalence within 0.05 of the loss is claimed at the 5 % level.
+    """
+    train, validation = split_of(base, 40, 1), split_of(base, 20, 2)
+    plans = [plan(n, epochs=3, adapter=AdapterPlan(4, 8.0, 0.3)) for n in range(10)]
+    packed = run(PackedEngine(base, train, validation, SETTINGS, 5), plans)
+    alone = Recorder()
+    outcomes: list[Outcome] = list(
+        TrainerEngine(base, train, validation, SETTINGS).run(plans, alone)
+    )
+    assert {outcome.state for outcome in outcomes} == {TrialState.COMPLETED}
+    differences = np.array(
+        [np.mean(packed.losses[n]) - np.mean(alone.losses[n]) for n in range(10)]
+    )
+    assert (differences != 0).all()
+    margin, t_95 = 0.05, 1.833  # Student's t, 9 degrees of freedom, one-sided
+    reach = abs(differences.mean()) + t_95 * differences.std(ddof=1) / math.sqrt(10)
+    assert reach < margin
+
+
+def real_split(path: Path, text: str, tokenizer: object, rows: int) -> EncodedSplit:
+    with path.open(newline="", encoding="utf-8") as stream:
+        texts = [row[text] for _, row in zip(range(rows), csv.DictReader(stream), strict=False)]
+    ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    return EncodedSplit(
+        name="real",
+        tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]),
+        offsets=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        labels=np.arange(len(ids)) % 2,
+    )
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("file", "column", "rows"),
+    [("sst2/glue_train.csv", "sentence", 20_000), ("imdb/imdb_train_2k.csv", "text", 2_000)],
+)
+def test_nine_tokens_in_ten_are_real_in_fit_and_evaluation(file, column, rows, real_data, plan):
+    """Counted where most padding can be: in attention, at batch 16, with eight mixed lanes."""
+    from lorasweep.engines.packing import Progress, length_batches
+    from lorasweep.model.packed_batch import LaneRows, lay_out
+
+    minilm = open_base(ModelSpec(name="embedded/minilm", max_length=256), ("no", "yes"))
+    split = real_split(real_data / file, column, minilm.tokenizer, rows)
+    lanes = [Progress(plan(n, batch_size=16, seed=derive_seed(n)), split.lengths) for n in range(8)]
+    for number, lane in enumerate(lanes):
+        lane.step = 7 * number
+    fit = []
+    for _ in range(40):
+        entries = [LaneRows(lane.next_rows()) for lane in lanes]
+        fit.append(lay_out(split, entries, torch.device("cpu"), training=False))
+        for lane in lanes:
+            lane.step += 1
+    scored = [
+        lay_out(split, [LaneRows(rows)], torch.device("cpu"), training=False)
+        for rows in length_batches(split, 64)
+    ]
+    for batches in (fit, scored):
+        real = sum(batch.tokens for batch in batches)
+        assert real / sum(batch.attended for batch in batches) >= 0.9
+        # Everything but attention computes no padding at all.
+        assert all(batch.ids.numel() == batch.tokens for batch in batches)

@@ -1,0 +1,182 @@
+"""The packed model's own arithmetic, held to plain loops, to gradcheck, and to PEFT."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorasweep.core.records import AdapterPlan
+from lorasweep.model.adapter import attach
+from lorasweep.model.base import fresh_classifier
+from lorasweep.model.packed_attention import (
+    AttentionDropout,
+    RowAttention,
+    bucket_bounds,
+    make_buckets,
+)
+from lorasweep.model.packed_batch import LaneRows, lay_out
+from lorasweep.model.packed_dropout import kept_bits, rate_byte
+from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
+from lorasweep.model.packed_products import (
+    adapted_linear,
+    grouped_outer,
+    grouped_product,
+    lane_linear,
+    lane_sums,
+)
+from lorasweep.model.scoring import pad_rows
+
+CPU = torch.device("cpu")
+ENDS = torch.tensor([3, 3, 8, 9], dtype=torch.int32)  # the second lane has no rows
+LANES = [range(3), range(3, 3), range(3, 8), range(8, 9)]
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("wide", "narrow"), [(16, 8), (6, 2)])
+def test_grouped_products_are_those_of_each_lane(dtype, wide, narrow):
+    # 16 and 8 go through torch's own kernel in float32, the others through the padded product.
+    x, y = numbers(9, wide, dtype=dtype), numbers(9, narrow, seed=1, dtype=dtype)
+    matrices = numbers(4, wide, narrow, seed=2, dtype=dtype)
+    product, outer = grouped_product(x, matrices, ENDS), grouped_outer(x, y, ENDS)
+    sums = lane_sums(x, ENDS)
+    for lane, rows in enumerate(LANES):
+        inside = list(rows)
+        torch.testing.assert_close(product[inside], x[inside] @ matrices[lane])
+        torch.testing.assert_close(outer[lane], x[inside].T @ y[inside])
+        torch.testing.assert_close(sums[lane], x[inside].sum(0))
+
+
+def test_a_nan_stays_in_its_lane():
+    x, matrices = numbers(9, 16, dtype=torch.float32), numbers(4, 16, 8, dtype=torch.float32)
+    clean = grouped_product(x, matrices, ENDS), grouped_outer(x, x, ENDS), lane_sums(x, ENDS)
+    x[4] = torch.nan
+    dirty = grouped_product(x, matrices, ENDS), grouped_outer(x, x, ENDS), lane_sums(x, ENDS)
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(clean[0][others], dirty[0][others])
+    for before, after in zip(clean[1:], dirty[1:], strict=True):
+        assert torch.isnan(after[2]).all()
+        assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_the_adapted_linear_layer(dropout, biased):
+    weight, bias = numbers(5, 6, seed=3), numbers(5, seed=4) if biased else None
+    streams = torch.arange(9) * 7919
+    kept = kept_bits(streams, 1, 6, rate_byte(dropout), torch.float64) if dropout else None
+    scaling = torch.rand(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def layer(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return adapted_linear(x, down, up, weight, bias, scaling, kept, ENDS)
+
+    inputs = numbers(9, 6), numbers(4, 2, 6, seed=1), numbers(4, 5, 2, seed=2)
+    assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])
+
+
+def test_gradients_of_lanes_own_linear_layers():
+    lane = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 3])
+    inputs = numbers(9, 6), numbers(4, 3, 6, seed=1), numbers(4, 3, seed=2)
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return lane_linear(x, weight, bias, ENDS, lane)
+
+    assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_attention(first_only, window, dropout):
+    lengths = np.array([4, 1, 5, 4, 2])
+    buckets = make_buckets(lengths, CPU)
+    masks = AttentionDropout(torch.arange(16) * 31, 3, dropout) if dropout else None
+    query = numbers(5 if first_only else 16, 2, 3)
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        return RowAttention.apply(*inputs, 0.7, buckets, masks, window)
+
+    inputs = query, numbers(16, 2, 3, seed=1), numbers(16, 2, 3, seed=2)
+    assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_is_torchs_own_inside_each_row(window):
+    lengths = np.array([7, 1, 6, 12, 2, 7])
+    buckets = make_buckets(lengths, CPU)
+    query, key, value = (numbers(35, 2, 4, seed=seed) for seed in range(3))
+    found = RowAttention.apply(query, key, value, 0.5, buckets, None, window)
+    starts = np.cumsum(lengths) - lengths
+    firsts = RowAttention.apply(query[starts], key, value, 0.5, buckets, None, window)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        q, k, v = (x[start : start + length].transpose(0, 1) for x in (query, key, value))
+        place = torch.arange(length)
+        seen = (place[:, None] - place[None, :]).abs() < (window or 100)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.5)
+        torch.testing.assert_close(found[start : start + length], expected.transpose(0, 1))
+        torch.testing.assert_close(firsts[row], expected[:, 0])
+
+
+def test_buckets_hold_every_token_once_and_little_padding():
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    buckets = make_buckets(lengths, CPU)
+    assert torch.equal(buckets.token[buckets.place], torch.arange(lengths.sum()))
+    assert sum(bucket.places for bucket in buckets.each) == len(buckets.token)
+    assert lengths.sum() / len(buckets.token) > 0.92
+    bounds = bucket_bounds(np.sort(lengths)[::-1])
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == 200
+    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"]
+)
+def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
+    """Whole model, three adapters at once, against PEFT one after another."""
+    base = open_tiny(architecture, base_dropout=0.0)
+    split = encode(base)
+    pack = PackedModel(fresh_classifier(base, 0), CPU, torch.float64)
+    plans = [AdapterPlan(2, 4.0), AdapterPlan(8, 4.0, targets=("all-linear",)), AdapterPlan(3, 9.0)]
+    models = []
+    for seed, plan in enumerate(plans):
+        model = attach(fresh_classifier(base, seed), plan, seed).double()
+        for name, parameter, _ in trained_parameters(model):
+            if name.endswith("lora_B"):  # it starts at zero, and hides the gradient of A
+                parameter.data = numbers(*parameter.shape, seed=seed) * 0.3
+        pack.add_lane(model, LaneSettings(plan.scaling, 0.0))
+        models.append(model)
+    rows = [np.array([0, 1, 2]), np.array([6]), np.array([3, 4, 5, 1])]
+    batch = lay_out(split, [LaneRows(chosen) for chosen in rows], CPU, training=True)
+    logits = pack.forward(batch, training=True)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
+    losses.sum().backward()
+    pack.weights.collect_gradients()
+    at = 0
+    for lane, (model, chosen) in enumerate(zip(models, rows, strict=True)):
+        model.eval()
+        padded = pad_rows(split, chosen, base.pad_id)
+        expected = model(
+            input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
+        ).logits
+        torch.testing.assert_close(logits[at : at + len(chosen)], expected, rtol=1e-5, atol=1e-6)
+        at += len(chosen)
+        F.cross_entropy(expected, padded["labels"]).backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.requires_grad]
+        )
+        torch.testing.assert_close(pack.weights.gradient_norms()[lane], norm, rtol=1e-5, atol=0)
+        for name, parameter, _ in trained_parameters(model):
+            found = pack.weights.gradient(name)[lane]
+            corner = tuple(slice(n) for n in parameter.shape)
+            torch.testing.assert_close(found[corner], parameter.grad, rtol=1e-4, atol=1e-7)
+            # What pads a smaller rank has no gradient, so it stays zero for ever.
+            padding = found.clone()
+            padding[corner] = 0
+            assert not padding.any()
