@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lorasweep.core.errors import ModelError
 from lorasweep.core.records import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
@@ -132,7 +135,7 @@ def test_buckets_hold_every_token_once_and_little_padding():
     bounds = bucket_bounds(np.sort(lengths)[::-1])
     assert bounds[0][0] == 0
     assert bounds[-1][1] == 200
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
 
 
 @pytest.mark.parametrize(
@@ -180,3 +183,26 @@ def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
             padding = found.clone()
             padding[corner] = 0
             assert not padding.any()
+
+
+@pytest.mark.parametrize("architecture", ["xlnet", "deberta", "mpnet"])
+def test_an_architecture_that_a_pack_cannot_carry_is_refused_before_training(
+    architecture, open_tiny
+):
+    base = open_tiny(architecture)
+    with pytest.raises(ModelError, match=r"can't carry this .*: .*Use engine: trainer\."):
+        PackedModel(fresh_classifier(base, 0), CPU)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_modernbert_pools_both_ways(pooling, open_tiny):
+    base = open_tiny("modernbert")
+    base.config.classifier_pooling = pooling
+    pack = PackedModel(fresh_classifier(base, 0), CPU)  # proves itself
+    assert pack.lanes == 0
+
+
+def test_the_proof_can_fail(open_tiny, monkeypatch):
+    monkeypatch.setattr(PackedModel, "_position_offset", lambda self: 1)
+    with pytest.raises(ModelError, match="its logits would be off by"):
+        PackedModel(fresh_classifier(open_tiny("bert"), 0), CPU)

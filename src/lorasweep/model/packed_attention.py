@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from lorasweep.model.packed_dropout import kept_bits, kept_scale, masked, rate_byte
@@ -265,7 +265,7 @@ class AttentionDropout:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -279,7 +279,9 @@ def packed_attention(
 
     Args:
         module: The attention module; ``module.pack`` knows the batch (see ``packed_lora``).
-        query, key, value: ``(1, heads, tokens, width)``.
+        query: ``(1, heads, tokens, width)``, or with rows instead of tokens.
+        key: ``(1, heads, tokens, width)``.
+        value: As ``key``.
         attention_mask: None: the rows are known from the batch.
         scaling: Of the scores; None for ``width ** -0.5``.
         dropout: Rate on the attention weights; 0 outside training.

@@ -15,13 +15,12 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2Encoder,
     DisentangledSelfAttention,
     build_relative_position,
-    build_rpos,
     scaled_size_sqrt,
 )
 
 from lorasweep.model.packed_attention import AttentionDropout, Bucket
 from lorasweep.model.packed_dropout import Dropout, kept_scale
-from lorasweep.model.packed_modules import PackedModule
+from lorasweep.model.packed_modules import KeyedDropout, PackedModule
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
@@ -48,7 +47,13 @@ def carries_disentangled(pack: PackedModel, model: nn.Module) -> str:
 class PackedDisentangled(PackedModule):
     """Attention by content, content to position and position to content, inside each row."""
 
-    def __init__(self, pack: PackedModel, name: str, replaced: nn.Module) -> None:
+    query_proj: nn.Module
+    key_proj: nn.Module
+    value_proj: nn.Module
+    pos_dropout: nn.Module
+    dropout: KeyedDropout
+
+    def __init__(self, pack: PackedModel, name: str, replaced: Any) -> None:
         super().__init__(pack, name)
         for part, module in replaced.named_children():
             setattr(self, part, module)
@@ -123,12 +128,15 @@ class PackedDisentangled(PackedModule):
         lanes = self.pack.lanes
         spread = self.pos_dropout(used.repeat(lanes, 1).unsqueeze(0), side)
 
-        def projected(layer: nn.Module) -> Tensor:
+        def projected(layer: Any) -> Tensor:
             laid: Tensor = layer(spread, side)[0].unflatten(1, (self.heads, -1))
             return laid.unflatten(0, (lanes, -1)).transpose(1, 2)
 
-        key_layer = self.key_proj if self.shared else getattr(self, "pos_key_proj", None)
-        query_layer = self.query_proj if self.shared else getattr(self, "pos_query_proj", None)
+        key_layer: Any = self.key_proj
+        query_layer: Any = self.query_proj
+        if not self.shared:
+            key_layer = getattr(self, "pos_key_proj", None)
+            query_layer = getattr(self, "pos_query_proj", None)
         keys = projected(key_layer) if "c2p" in self.kinds else None
         queries = projected(query_layer) if "p2c" in self.kinds else None
         return keys, queries, lowest
@@ -142,7 +150,6 @@ class PackedDisentangled(PackedModule):
             rows, rows, bucket_size=self.buckets, max_position=self.farthest
         )
         distance = distance.to(rows.device, torch.int64).view(1, 1, *distance.shape[-2:])
-        reverse = build_rpos(rows, rows, distance, self.farthest, self.buckets)
         last = 2 * self.span - 1
         for_keys = (distance + self.span).clamp(0, last) - lowest
-        return for_keys, (-reverse + self.span).clamp(0, last) - lowest
+        return for_keys, (-distance + self.span).clamp(0, last) - lowest

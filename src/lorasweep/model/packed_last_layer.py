@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LIKE_BERT = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "electra"})
 
 
-def spare_last_layer(pack: PackedModel, model: nn.Module, kind: str, last: nn.Module) -> None:
+def spare_last_layer(pack: PackedModel, model: nn.Module, kind: str, last: Any) -> None:
     """Replace the last layer's attention where its architecture is known; else do nothing.
 
     Args:
@@ -48,7 +48,7 @@ class FirstTokenAttention(PackedModule):
     """Attention in which each row's first token asks and all tokens answer."""
 
     def __init__(
-        self, pack: PackedModel, name: str, replaced: nn.Module, parts: tuple[str, str, str]
+        self, pack: PackedModel, name: str, replaced: Any, parts: tuple[str, str, str]
     ) -> None:
         super().__init__(pack, name)
         self.__dict__["pack_key"] = replaced.pack_key
@@ -68,14 +68,18 @@ class FirstTokenAttention(PackedModule):
             for layer, x in zip((query, key, value), inputs, strict=True)
         ]
         dropout = self.rate if self.training else 0.0
-        found, _ = packed_attention(self, *laid, None, self.scaling, dropout)
+        found, _ = packed_attention(self, laid[0], laid[1], laid[2], None, self.scaling, dropout)
         return found.flatten(2).transpose(0, 1), None
 
 
 class FirstTokenBlock(PackedModule):
     """DistilBERT's layer, for each row's first token."""
 
-    def __init__(self, pack: PackedModel, name: str, replaced: nn.Module) -> None:
+    sa_layer_norm: nn.Module
+    ffn: nn.Module
+    output_layer_norm: nn.Module
+
+    def __init__(self, pack: PackedModel, name: str, replaced: Any) -> None:
         super().__init__(pack, name)
         # Submodules keep their names, by which adapters and dropouts are found.
         parts = ("q_lin", "k_lin", "v_lin")
@@ -88,7 +92,7 @@ class FirstTokenBlock(PackedModule):
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Return ``(rows, 1, hidden)`` of ``(1, tokens, hidden)``."""
         found, _ = self.attention(hidden_states)
-        found = self.attention.out_lin(found)
+        found = self.attention.get_submodule("out_lin")(found)
         found = self.sa_layer_norm(found + first_tokens(self.pack, hidden_states))
         result: Tensor = self.output_layer_norm(self.ffn(found) + found)
         return result

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,12 +17,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lorasweep.core.errors import ModelError, Problem
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
+from lorasweep.model.packed_check import PackedCheck, refused
 from lorasweep.model.packed_disentangled import carries_disentangled
 from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte, scrambled
 from lorasweep.model.packed_last_layer import spare_last_layer
@@ -95,27 +94,36 @@ class PackedModel:
     """
 
     batch: PackedBatch
+    weights: LaneWeights
+    device: torch.device
+    dtype: torch.dtype
 
     def __init__(
         self, fresh: FreshClassifier, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.base = fresh.base
-        self.device = device
-        self.dtype = dtype
-        self.weights = LaneWeights(device, torch.promote_types(dtype, torch.float32))
         self.whole = trained_whole(fresh)
         self.model = fresh.model
+        check = PackedCheck(fresh, self.whole)
         self._sides: dict[int, Side] = {}
         self._settings: list[LaneSettings] = []
         self._replace_modules()
         self._place_hooks()
-        # Buffers such as rotary frequencies keep their precision.
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        self.position_offset = self._position_offset()
+        self._move(torch.device("cpu"), torch.float32)
+        check.prove(self)
+        self._move(device, dtype)
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.weights = LaneWeights(device, torch.promote_types(dtype, torch.float32))
+        # Buffers such as rotary frequencies keep their precision.
+        for parameter in self.model.parameters():
             parameter.data = parameter.data.to(device, dtype)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
-        self.position_offset = self._position_offset()
 
     # -- lanes -------------------------------------------------------------------------
 
@@ -141,6 +149,11 @@ class PackedModel:
         values = {name: value.detach() for name, value, _ in trained_parameters(peft_model)}
         self._settings.append(settings)
         return self.weights.add(self.blocks(peft_model), values)
+
+    def add_untrained_lane(self, blocks: list[Block], values: Mapping[str, Tensor]) -> int:
+        """Append a lane without an adapter, its head as given."""
+        self._settings.append(LaneSettings(0.0, 0.0))
+        return self.weights.add(blocks, values)
 
     def lane_state(self, lane: int, peft_model: PeftModel) -> LaneState:
         """Copy a lane's weights and moments, to be restored later."""
@@ -247,7 +260,7 @@ class PackedModel:
             module.__dict__["pack_key"] = module_key(f"{name}.weights")
         unfit = carries_disentangled(self, self.model)
         if unfit:
-            raise self._unfit(unfit)
+            raise refused(self.base, unfit)
         register()
         self.model.config._attn_implementation = PACKED
 
@@ -261,7 +274,7 @@ class PackedModel:
         if isinstance(module, nn.LayerNorm):
             return LaneLayerNorm(self, name, module)
         if next(module.parameters(recurse=False), None) is not None:
-            raise self._unfit(f"{name} is a {type(module).__name__} that each trial trains")
+            raise refused(self.base, f"{name} is a {type(module).__name__} that each trial trains")
         return None
 
     def _place_hooks(self) -> None:
@@ -274,7 +287,7 @@ class PackedModel:
             if isinstance(module, nn.ModuleList) and len(module) == count
         ]
         if not stacks:
-            raise self._unfit("its layers were not found")
+            raise refused(self.base, "its layers were not found")
         last = encoder.final_norm if self._pools_means else stacks[0][-1]
         if not self._pools_means:
             spare_last_layer(self, self.model, self.model.config.model_type, last)
@@ -289,15 +302,6 @@ class PackedModel:
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return 0 if module.padding_idx is None else module.padding_idx + 1
         return 0
-
-    def _unfit(self, why: str) -> ModelError:
-        return ModelError(
-            Problem(
-                f"model.name {self.base.name}",
-                f"the packed engine can't carry this {self.base.architecture}: {why}",
-                "Use engine: trainer.",
-            )
-        )
 
 
 def trained_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, str]]:
@@ -324,8 +328,3 @@ def release_frozen(model: PeftModel) -> None:
     for parameter in model.parameters():
         if id(parameter) not in trained:
             parameter.data = parameter.data.new_empty(0)
-
-
-def lane_values(weights: LaneWeights, lane: int) -> Mapping[str, Any]:
-    """Return a lane's weights by name, padded as the pack holds them (for tests and checks)."""
-    return {name: weights.parameter(name).detach()[lane] for name in weights.blocks}

@@ -117,7 +117,8 @@ def adapted_linear(
         down: LoRA's A of all lanes, ``(lanes, rank, in)``; zero rows where a lane's rank is
             smaller, all zero where it does not adapt this layer.
         up: LoRA's B, ``(lanes, out, rank)``.
-        weight, bias: Of the frozen layer, ``(out, in)`` and ``(out,)``.
+        weight: Of the frozen layer, ``(out, in)``.
+        bias: Of the frozen layer, ``(out,)`` or None.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
         kept: Dropout's mask on the adapter's input, from
             :func:`lorasweep.model.packed_dropout.kept_bits`; None for no dropout.
