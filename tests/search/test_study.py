@@ -21,6 +21,7 @@ from lorasweep.core.errors import ConflictError, StorageError
 from lorasweep.core.records import Outcome, TrialFacts, TrialState
 from lorasweep.search.lease import LEASE_SECONDS, Owner
 from lorasweep.search.study import Study
+from lorasweep.spec.schema import SearchSpec
 
 
 def test_a_study_is_made_where_there_was_none_and_says_nothing(tmp_path, search, capfd):
@@ -405,3 +406,22 @@ def test_asking_leaves_the_global_random_streams_alone(kind, search, open_study,
     while asked := study.ask():
         train(study, asked)
     assert states() == before
+
+
+def test_whoever_holds_the_sweep_takes_up_every_running_trial(tmp_path):
+    """A restarted container has another host name, and its dead trial looks like a live one."""
+
+    def opened(owner):
+        spec = SearchSpec.model_validate(
+            {"trials": 2, "pruner": {"kind": "none"}, "space": {"rank": {"choices": [1, 2, 3]}}}
+        )
+        return Study.open(tmp_path / "o.db", "s", spec, 1, {"data": "x"}, owner=owner)
+
+    first = opened(Owner("a-container-that-is-no-more", 1, 0.0)).ask()
+    again = opened(None)
+    assert again.reconcile() == ()
+    (record,) = again.reconcile(alone=True)
+    assert (record.number, record.state) == (first.number, TrialState.INTERRUPTED)
+    retry = again.ask()
+    assert (retry.retry_of, retry.parameters) == (first.number, first.parameters)
+    assert again.reconcile(alone=True) == ()  # its own trial is under way
