@@ -27,7 +27,8 @@ from lorasweep.core.records import (
 )
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines import packed as packed_module
-from lorasweep.engines.packed import PackedEngine, PackRun
+from lorasweep.engines.pack_run import PackRun
+from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec

@@ -224,10 +224,13 @@ class RowAttention(torch.autograd.Function):
             grad_weight = _dropped(torch.bmm(go, v.transpose(1, 2)), mask, dropout)
             grad_scores = _softmax_gradient(grad_weight, weight).mul_(scaling)
             torch.bmm(grad_scores, k, out=gq)
-            torch.bmm(grad_scores.transpose(1, 2), q, out=gk)
+            if ctx.needs_input_grad[1]:  # not below the first adapted layer
+                torch.bmm(grad_scores.transpose(1, 2), q, out=gk)
         gathered = (
-            found.index_select(0, index).view(-1, heads, width)
-            for found, index in zip(results, (back, all_back, all_back), strict=True)
+            found.index_select(0, index).view(-1, heads, width) if wanted else None
+            for found, index, wanted in zip(
+                results, (back, all_back, all_back), ctx.needs_input_grad[:3], strict=True
+            )
         )
         return (*gathered, None, None, None, None)
 
