@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from lorasweep.core.records import EngineSettings, Predictions, TextSplit, Trial
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.tokens import encode
 from lorasweep.evaluation.metrics import probabilities
-from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.checkpoint import load_finetuned
 from lorasweep.model.precision import pick_device
 from lorasweep.model.scoring import predict_logits
@@ -60,11 +60,11 @@ class Finalists:
         if test is None:
             return {}
         makers: dict[str, tuple[str, Callable[[], NDArray[np.float64]]]] = {
-            FINETUNED: (self._winner_key(), lambda: self._by_winner(test.texts))
+            FINETUNED: (self._winner_key(), partial(self._by_winner, test.texts))
         }
         for name in self._prepared.spec.baselines:
             key = self._baseline_key(name)
-            makers[name] = (key, lambda name=name: self._by_baseline(name, test))  # type: ignore[misc]
+            makers[name] = (key, partial(self._by_baseline, name, test.texts))
         found: dict[str, NDArray[np.float64]] = {}
         missing: list[str] = []
         for model, (key, _) in makers.items():
@@ -94,7 +94,7 @@ class Finalists:
         rng = np.random.default_rng(derive_seed(self._prepared.spec.seed, "samples"))
         chosen = sorted(rng.choice(len(split), size=min(_SAMPLES, len(split)), replace=False))
         texts = [split.texts[row] for row in chosen]
-        before, after = self._untrained(texts), self._by_winner(texts)
+        before, after = self._by_baseline("untrained", texts), self._by_winner(texts)
         return tuple(
             (text, tuple(map(float, b)), tuple(map(float, a)))
             for text, b, a in zip(texts, before, after, strict=True)
@@ -110,35 +110,29 @@ class Finalists:
         return tuple(json.loads(line) for line in lines if line.strip())
 
     def _by_winner(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        model = load_finetuned(self._prepared.base, self._adapter)
-        return self._score(model, texts)
-
-    def _untrained(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        model = fresh_classifier(self._prepared.base, head_seed(self._winner.seed)).model
-        return self._score(model, texts)
-
-    def _by_baseline(self, name: str, test: TextSplit) -> NDArray[np.float64]:
-        corpus = self._prepared.corpus
-        seed = self._baseline_seed(name)
-        baseline = build_baseline(
-            name, base=self._prepared.base, seed=seed, settings=self._settings
-        )
-        return baseline.predict(corpus.train, test.texts, len(corpus.label_names))
-
-    def _score(self, model: Any, texts: Sequence[str]) -> NDArray[np.float64]:
-        base: Base = self._prepared.base
+        base = self._prepared.base
         rows = TextSplit(
             "texts", tuple(texts), (0,) * len(texts), tuple(map(str, range(len(texts))))
         )
         logits = predict_logits(
-            model,
+            load_finetuned(base, self._adapter),
             encode(rows, base.tokenizer, base.max_length),
-            pad_id=int(base.tokenizer.pad_token_id),
+            pad_id=base.pad_id,
             batch_size=self._settings.eval_batch_size,
             device=pick_device(self._settings.device),
             precision="fp32",
         )
         return probabilities(logits)
+
+    def _by_baseline(self, name: str, texts: Sequence[str]) -> NDArray[np.float64]:
+        corpus = self._prepared.corpus
+        baseline = build_baseline(
+            name,
+            base=self._prepared.base,
+            seed=self._baseline_seed(name),
+            settings=self._settings,
+        )
+        return baseline.predict(corpus.train, texts, len(corpus.label_names))
 
     def _baseline_seed(self, name: str) -> int:
         # "Untrained" is the winner before its training: the same head, not just any head.
