@@ -206,3 +206,44 @@ def test_the_proof_can_fail(open_tiny, monkeypatch):
     monkeypatch.setattr(PackedModel, "_position_offset", lambda self: 1)
     with pytest.raises(ModelError, match="its logits would be off by"):
         PackedModel(fresh_classifier(open_tiny("bert"), 0), CPU)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"]
+)
+@pytest.mark.parametrize("base_dropout", [0.0, 0.1])
+def test_layers_below_the_first_adapted_one_are_computed_once(
+    architecture, base_dropout, open_tiny, encode, monkeypatch
+):
+    base = open_tiny(architecture, base_dropout=base_dropout)
+    split = encode(base)
+    pack = PackedModel(fresh_classifier(base, 0), CPU)
+    model = attach(fresh_classifier(base, 0), AdapterPlan(2, 4.0, top_layers=1), 0)
+    pack.add_lane(model, LaneSettings(2.0, 0.0))
+    rows = LaneRows(np.array([4, 1, 6]), key=5, step=3)
+    ran = []
+    lowest = next(m for n, m in pack.model.named_modules() if n.endswith(("layer.0", "layers.0")))
+    inner = next(m for m in lowest.modules() if isinstance(m, torch.nn.LayerNorm))
+    inner.register_forward_hook(lambda *_: ran.append(1))
+    for training in (False, True):
+        batch = lay_out(split, [rows], CPU, training=training)
+        pack.shared.most_bytes = 0
+        pack.shared.forget()
+        plain = pack.forward(batch, training=training)
+        assert ran
+        pack.shared.most_bytes = 10**9
+        torch.testing.assert_close(pack.forward(batch, training=training), plain)
+        ran.clear()
+        torch.testing.assert_close(pack.forward(batch, training=training), plain)
+        assert bool(ran) == (training and base_dropout > 0)
+        ran.clear()
+    # A lane that adapts the lowest layer leaves nothing to share.
+    other = attach(fresh_classifier(base, 1), AdapterPlan(2, 4.0), 1)
+    pack.add_lane(other, LaneSettings(2.0, 0.0))
+    pack.forward(lay_out(split, [rows, rows], CPU, training=False), training=False)
+    assert ran
+    ran.clear()
+    pack.keep_lanes([0])
+    found = pack.forward(lay_out(split, [rows], CPU, training=False), training=False)
+    assert not ran
+    assert found.shape == (3, 2)

@@ -80,6 +80,7 @@ class PackedEngine:
         if self._model is None:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             self._model = PackedModel(fresh_classifier(self.base, 0), self.device, dtype)
+            self._model.shared.most_bytes = free_bytes(self.device) // 8
         return self._model
 
     def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Iterator[Outcome]:

@@ -71,6 +71,7 @@ class LaneWeights:
         self._offsets: dict[str, int] = {}
         self._width = 0
         self._parameters: dict[str, Tensor] = {}
+        self._owned: list[dict[str, Block]] = []
         self._allocate(0)
 
     @property
@@ -106,11 +107,8 @@ class LaneWeights:
 
     def restore(self, blocks: Iterable[Block], state: LaneState) -> int:
         """Append a lane that was taken out before, and return its number."""
-        self._grow(blocks)
-        old = self.weights, self.first, self.second
-        self._allocate(self.lanes + 1)
-        for new, kept in zip((self.weights, self.first, self.second), old, strict=True):
-            new[:-1] = kept
+        self._owned.append({block.name: block for block in blocks})
+        self._lay_out(list(range(self.lanes)))
         lane = self.lanes - 1
         for matrix, values in (
             (self.weights, state.weights),
@@ -118,14 +116,14 @@ class LaneWeights:
             (self.second, state.second),
         ):
             for name, value in values.items():
-                self._view(matrix, name)[lane][tuple(slice(n) for n in value.shape)] = value
+                self._view(matrix, name)[lane][_corner(value.shape)] = value
         return lane
 
     def state(self, lane: int, shapes: Mapping[str, torch.Size]) -> LaneState:
         """Copy a lane's weights and moments, cut to the lane's own shapes."""
         found = [
             {
-                name: self._view(matrix, name)[lane][tuple(slice(n) for n in shape)].clone()
+                name: self._view(matrix, name)[lane][_corner(shape)].clone()
                 for name, shape in shapes.items()
             }
             for matrix in (self.weights, self.first, self.second)
@@ -133,15 +131,9 @@ class LaneWeights:
         return LaneState(*found)
 
     def keep(self, lanes: list[int]) -> None:
-        """Keep only these lanes, renumbered in the order given."""
-        index = torch.tensor(lanes, dtype=torch.int64, device=self.device)
-        kept = [matrix.index_select(0, index) for matrix in (self.weights, self.first, self.second)]
-        self._allocate(len(lanes))
-        for new, old in zip((self.weights, self.first, self.second), kept, strict=True):
-            new.copy_(old)
-        if not lanes:  # an empty pack has no layout to keep: the next trial decides it
-            self.blocks, self._offsets, self._width = {}, {}, 0
-            self._allocate(0)
+        """Keep only these lanes, renumbered in the order given, and no block of the others."""
+        self._owned = [self._owned[lane] for lane in lanes]
+        self._lay_out(lanes)
 
     def collect_gradients(self) -> None:
         """Move what backward left at the parameters into :attr:`gradients`.
@@ -166,28 +158,30 @@ class LaneWeights:
         """Norm of each lane's whole gradient, head included: ``(lanes,)``."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
-    def _grow(self, blocks: Iterable[Block]) -> None:
-        wanted = dict(self.blocks)
-        for block in blocks:
-            wanted[block.name] = (
-                wanted[block.name].widened(block) if block.name in wanted else block
-            )
-        if wanted == self.blocks:
-            return
+    def _lay_out(self, lanes: list[int]) -> None:
+        """Make room for what the lanes own, and move the given old lanes to the front."""
+        index = torch.tensor(lanes, dtype=torch.int64, device=self.device)
         old = [
-            {name: self._view(matrix, name).clone() for name in self.blocks}
+            {name: self._view(matrix, name).index_select(0, index) for name in self.blocks}
             for matrix in (self.weights, self.first, self.second)
         ]
+        wanted: dict[str, Block] = {}
+        for block in (block for owned in self._owned for block in owned.values()):
+            known = wanted.get(block.name)
+            wanted[block.name] = block if known is None else known.widened(block)
         self.blocks, self._offsets, at = wanted, {}, 0
         for name, block in wanted.items():
             self._offsets[name] = at
             at += -(-block.size // _ALIGNED) * _ALIGNED
         self._width = at
-        self._allocate(self.lanes)
+        self._allocate(len(self._owned))
         for matrix, values in zip((self.weights, self.first, self.second), old, strict=True):
-            for name, value in values.items():
-                corner = tuple(slice(n) for n in value.shape)
-                self._view(matrix, name)[corner] = value
+            for name in values.keys() & wanted.keys():
+                value = values[name]
+                new = self._view(matrix, name)
+                # What a block loses is padding of lanes that left.
+                corner = _corner(map(min, value.shape[1:], new.shape[1:]))
+                new[(slice(len(lanes)), *corner)] = value[(slice(None), *corner)]
 
     def _allocate(self, lanes: int) -> None:
         def zeros() -> Tensor:
@@ -204,3 +198,8 @@ class LaneWeights:
     def _view(self, matrix: Tensor, name: str) -> Tensor:
         block, offset = self.blocks[name], self._offsets[name]
         return matrix[:, offset : offset + block.size].unflatten(1, block.shape)
+
+
+def _corner(shape: Iterable[int]) -> tuple[slice, ...]:
+    """Index the first entries along each dimension."""
+    return tuple(slice(n) for n in shape)

@@ -35,6 +35,7 @@ class PackedBatch:
     """Rows of all lanes, lane after lane, row after row, without any padding.
 
     Attributes:
+        split: Where the rows are from.
         ids: Token ids, int64 ``(1, tokens)``.
         positions: Each token's place in its row from 0, int64 ``(1, tokens)``.
         labels: int64 ``(rows,)``.
@@ -50,6 +51,7 @@ class PackedBatch:
         split_tokens: Where each token lies in its split, int64 ``(tokens,)``.
     """
 
+    split: EncodedSplit
     ids: Tensor
     positions: Tensor
     labels: Tensor
@@ -117,6 +119,7 @@ def lay_out(
 
     weight = (1.0 / np.maximum(per_lane, 1)).astype(np.float32)
     return PackedBatch(
+        split=split,
         ids=there(split.tokens[split_tokens].astype(np.int64)).unsqueeze(0),
         positions=there(positions).unsqueeze(0),
         labels=there(split.labels[rows]),

@@ -35,6 +35,7 @@ from lorasweep.model.packed_modules import (
     replace_output,
     row_means,
 )
+from lorasweep.model.packed_shared import SharedLayers
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
@@ -91,6 +92,7 @@ class PackedModel:
     Attributes:
         weights: What is trained, of all lanes.
         batch: The batch of the current pass.
+        shared: The layers below the first adapted one.
     """
 
     batch: PackedBatch
@@ -180,6 +182,11 @@ class PackedModel:
 
     def forward(self, batch: PackedBatch, *, training: bool) -> Tensor:
         """Return logits, float32 ``(rows, labels)``, in the batch's row order."""
+        self.shared.prepare(batch, training)
+        return self.run_base(batch, training=training)
+
+    def run_base(self, batch: PackedBatch, *, training: bool) -> Tensor:
+        """Do a pass from where :attr:`shared` says; :meth:`forward` is what callers want."""
         self.batch = batch
         self._sides = {}
         self._make_sides(training)
@@ -282,19 +289,21 @@ class PackedModel:
         encoder = self.model.base_model
         count = self.model.config.num_hidden_layers
         stacks = [
-            module
-            for _, module in encoder.named_modules()
+            (name, module)
+            for name, module in self.model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == count
         ]
         if not stacks:
             raise refused(self.base, "its layers were not found")
-        last = encoder.final_norm if self._pools_means else stacks[0][-1]
+        name, layers = stacks[0]
+        last = encoder.final_norm if self._pools_means else layers[-1]
         if not self._pools_means:
             spare_last_layer(self, self.model, self.model.config.model_type, last)
-            last = stacks[0][-1]
+            last = layers[-1]
         last.register_forward_hook(
             replace_output(row_means if self._pools_means else first_tokens, self)
         )
+        self.shared = SharedLayers(self, name, layers)
 
     def _position_offset(self) -> int:
         """RoBERTa counts positions from its padding id + 1, and says so by a padding row."""
