@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.core.errors import ModelError
 from lorasweep.core.records import (
     AdapterPlan,
     EncodedSplit,
@@ -265,6 +266,14 @@ def test_what_the_trial_gets_when_precision_is_bf16(engine, plan):
     exact = run(engine(2), [plan(1), plan(2)])
     for trial in (1, 2):
         np.testing.assert_allclose(recorder.losses[trial], exact.losses[trial], atol=0.05)
+
+
+@pytest.mark.parametrize("lanes", [2, "auto"])
+def test_a_base_that_it_cannot_carry_is_refused_at_once(lanes, tiny_base_folder):
+    base = open_base(ModelSpec(name=str(tiny_base_folder("xlnet")), max_length=64), ("no", "yes"))
+    split = split_of(base, 4, 1)
+    with pytest.raises(ModelError, match="can't carry this xlnet"):
+        PackedEngine(base, split, split, SETTINGS, lanes)
 
 
 @pytest.mark.parametrize("kind", ["neighbour", "interrupt"])

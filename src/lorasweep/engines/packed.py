@@ -39,11 +39,15 @@ class PackedEngine:
     """Trains many plans at the same time on one base. Implements ``core.protocols.Engine``.
 
     Args:
-        base: The frozen base; loaded once.
+        base: The frozen base; loaded once, here, and proven against the plain model.
         train: Rows to learn from.
         validation: Rows to score after each epoch.
         settings: What all trials share.
         lanes: How many trials at once; ``auto`` measures a step and takes what memory allows.
+
+    Attributes:
+        model: The base that all trials share.
+        use: What was done so far.
 
     Raises:
         ModelError: The device isn't there, or the base has a part that a pack can't carry.
@@ -65,7 +69,9 @@ class PackedEngine:
         self.precision = resolve(settings.precision, self.device)
         self.use = PackUse()
         self._lanes = lanes
-        self._model: PackedModel | None = None
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
+        self.model.shared.most_bytes = free_bytes(self.device) // 8
 
     @property
     def capacity(self) -> int:
@@ -73,15 +79,6 @@ class PackedEngine:
         if self._lanes == "auto":
             self._lanes = self._measured_lanes()
         return self._lanes
-
-    @property
-    def model(self) -> PackedModel:
-        """The base that all trials share, loaded on first use."""
-        if self._model is None:
-            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            self._model = PackedModel(fresh_classifier(self.base, 0), self.device, dtype)
-            self._model.shared.most_bytes = free_bytes(self.device) // 8
-        return self._model
 
     def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Iterator[Outcome]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
