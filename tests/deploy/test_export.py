@@ -198,6 +198,23 @@ def test_a_failure_on_disk_leaves_the_earlier_export(finetuned, tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-bert", "out"]
 
 
+def test_a_swap_that_fails_half_way_puts_the_earlier_export_back(finetuned, tmp_path, monkeypatch):
+    base, adapter = finetuned("bert")
+    folder = export(base, adapter, tmp_path / "out", {"trial": 1})
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name.endswith(".writing"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        export(base, adapter, folder, {"trial": 2})
+    assert json.loads((folder / "manifest.json").read_text())["trial"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-bert", "out"]
+
+
 def test_a_missing_adapter_is_said(finetuned, tmp_path):
     base, _ = finetuned("bert")
     with pytest.raises(ModelError, match="holds no readable adapter"):

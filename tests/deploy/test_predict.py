@@ -77,11 +77,12 @@ def test_no_texts_no_predictions(exported):
 def test_texts_that_cant_be_classified_are_all_named(exported):
     analyzer = SentimentAnalyzer(exported("bert"))
     with pytest.raises(DataError) as raised:
-        analyzer.batch_predict(["fine", "", " \n", 7, None, "good"])
+        analyzer.batch_predict(["fine", "", " \n", 7, None, "half \ud800 a pair", "good"])
     places = [problem.where for problem in raised.value.problems]
-    assert places == ["text 2", "text 3", "text 4", "text 5"]
+    assert places == ["text 2", "text 3", "text 4", "text 5", "text 6"]
     assert "is empty" in str(raised.value)
     assert "int 7" in str(raised.value)
+    assert "not Unicode text" in str(raised.value)
     assert raised.value.exit_code == 2
     with pytest.raises(DataError, match="list of texts"):
         analyzer.batch_predict("one text")
@@ -132,6 +133,7 @@ def _garbage(name):
         (_drop("model.safetensors"), "weights can't be loaded"),
         (_garbage("model.safetensors"), "weights can't be loaded"),
         (_garbage("tokenizer.json"), "tokenizer can't be loaded"),
+        (_drop("tokenizer.json"), "holds no tokenizer"),
     ],
 )
 def test_a_damaged_folder_is_told_in_a_sentence(damage, sentence, exported):

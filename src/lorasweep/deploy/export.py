@@ -241,5 +241,10 @@ def _put_in_place(writing: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.{os.getpid()}.replaced")
     if target.exists():
         target.rename(replaced)
-    writing.rename(target)
+    try:
+        writing.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)

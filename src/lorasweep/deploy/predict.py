@@ -23,6 +23,7 @@ from lorasweep.core.records import TextSplit
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import quiet_transformers
 from lorasweep.model.encoders import position_limit
+from lorasweep.model.files import TOKENIZERS
 from lorasweep.model.precision import pick_device
 from lorasweep.model.scoring import predict_logits
 
@@ -145,6 +146,9 @@ def _check_texts(texts: Sequence[object]) -> None:
         elif not text.strip():
             advice = "A model would answer even so, and the answer would mean nothing."
             problems.append(Problem(f"text {row}", "is empty", advice))
+        elif any("\ud800" <= character <= "\udfff" for character in text):
+            # What Python makes of bytes on a command line that aren't UTF-8, and of JSON's \ud800.
+            problems.append(Problem(f"text {row}", f"is not Unicode text: {text!r:.40}"))
     if problems:
         raise DataError(problems)
 
@@ -202,6 +206,10 @@ def _load_model(folder: Path) -> PreTrainedModel:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # Without a vocabulary transformers makes an empty tokenizer, to which every word is unknown:
+    # the model would answer everything alike.
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ModelError(Problem(str(folder), "holds no tokenizer", _EXPORT))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -28,7 +28,7 @@ from lorasweep.spec.schema import ModelSpec
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_TOKENIZERS = (
+TOKENIZERS = (
     "tokenizer.json",
     "vocab.txt",
     "vocab.json",
@@ -100,7 +100,7 @@ def _local_weights(folder: Path, where: str) -> list[Path]:
             problems.append(Problem(where, f"{folder} lacks the weights {', '.join(missing)}"))
     else:
         problems.append(_no_weights(where, any((folder / name).exists() for name in _PICKLED)))
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         problems.append(_no_tokenizer(where, str(folder)))
     if problems:
         raise ModelError(problems)
@@ -125,7 +125,7 @@ def _from_hub(spec: ModelSpec, where: str) -> ModelFiles:
     # branch moves on meanwhile.
     commit = config.parent.name
     weights = _hub_weights(spec, where, commit)
-    tokenizer = [_hub_file(spec, where, name, commit) for name in _TOKENIZERS]
+    tokenizer = [_hub_file(spec, where, name, commit) for name in TOKENIZERS]
     for name in _TOKENIZER_EXTRAS:
         _hub_file(spec, where, name, commit)
     if not any(tokenizer):
