@@ -110,8 +110,7 @@ def kept_bits(
     """
     drawn = random_bytes(streams, key, width).to(torch.int16)
     # Negative, so all ones after the shift, exactly where the byte is rate or more.
-    bits = torch.sub(rate - 1, drawn, out=drawn) if isinstance(rate, Tensor) else None
-    bits = drawn.neg_().add_(rate - 1) if bits is None else bits
+    bits = torch.rsub(drawn, rate - 1)
     bits = bits.bitwise_right_shift_(15)
     return bits if _WHOLE[dtype] is torch.int16 else bits.to(_WHOLE[dtype])
 
