@@ -128,10 +128,34 @@ def test_export_and_predict_put_the_winner_to_work(finished, tmp_path):
         out = tmp_path / f"{source}.jsonl"
         done = command(tmp_path, "predict", str(to), "--file", source, "--output", str(out))
         assert done.returncode == 0, done.stderr
+        assert not [path for path in tmp_path.iterdir() if path.name.endswith(".writing")]
         written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         assert [w["label"] for w in written] == [line["label"] for line in lines]
+        assert ("1 blank line" in done.stderr) == (source == "in.txt")
+    (tmp_path / "link").symlink_to("in.txt.jsonl")
+    assert command(tmp_path, "predict", str(to), "fine", "--output", "link").returncode == 0
+    assert (tmp_path / "link").is_symlink()
+    assert "fine" in (tmp_path / "in.txt.jsonl").read_text(encoding="utf-8")
     piped = command(tmp_path, "predict", str(to), "--file", "-", input="it was great\n")
     assert json.loads(piped.stdout)["label"] == lines[0]["label"]
+
+
+def test_predictions_overwrite_no_input_and_half_written_ones_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("it was great\n", encoding="utf-8")
+    (tmp_path / "old.jsonl").write_text("old", encoding="utf-8")
+    for words, sentence in (
+        (["--output", "in.txt"], "is the file that the texts are read from"),
+        (["--output", "in.txt/out.jsonl"], "can't be written"),
+        (["--output", "old.jsonl"], "there is no such folder"),  # of the model
+    ):
+        assert main(["predict", "nowhere", "--file", "in.txt", *words]) == 2
+        told = capfd.readouterr().err
+        assert sentence in told
+        assert "Traceback" not in told
+    assert (tmp_path / "in.txt").read_text(encoding="utf-8") == "it was great\n"
+    assert (tmp_path / "old.jsonl").read_text(encoding="utf-8") == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "old.jsonl"]
 
 
 def test_report_can_be_written_elsewhere(finished, tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -34,15 +37,15 @@ def command(
     """
     if bool(texts) == bool(source):
         raise click.UsageError("give texts, or --file, and not both")
-    wanted = list(texts) if texts else _read_texts(source or "-", column)
+    with _written_at_once(output, source) as stream:
+        wanted = list(texts) if texts else _read_texts(source or "-", column)
 
-    from lorasweep.deploy.predict import SentimentAnalyzer
+        from lorasweep.deploy.predict import SentimentAnalyzer
 
-    predictions = SentimentAnalyzer(folder).batch_predict(wanted, batch_size=batch_size)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as stream:
+        predictions = SentimentAnalyzer(folder).batch_predict(wanted, batch_size=batch_size)
+        if stream is not None:
             _write_lines(stream, wanted, predictions)
+    if output is not None:
         click.echo(f"{len(predictions)} predictions: {output}", err=True)
     elif sys.stdout.isatty():
         for text, prediction in zip(wanted, predictions, strict=True):
@@ -52,17 +55,55 @@ def command(
 
 
 def _read_texts(source: str, column: str) -> list[str]:
+    from lorasweep.data.texts import read_texts, split_texts
+
     if source == "-":
-        from lorasweep.core.errors import DataError, Problem
+        texts, blank = split_texts("stdin", sys.stdin.buffer.read())
+    else:
+        texts, blank = read_texts(source, column)
+    if blank:
+        lines = "1 blank line" if blank == 1 else f"{blank} blank lines"
+        click.echo(f"{source}: {lines} left out", err=True)
+    return texts
 
-        texts = [line.rstrip("\r\n") for line in sys.stdin]
-        texts = [text for text in texts if text.strip()]
-        if not texts:
-            raise DataError(Problem("stdin", "holds no text", "Give one text a line."))
-        return texts
-    from lorasweep.data.texts import read_texts
 
-    return read_texts(source, column)
+@contextmanager
+def _written_at_once(output: Path | None, source: str | None) -> Iterator[TextIO | None]:
+    """Open a file that becomes ``output`` when all is well, and leaves an earlier one until then.
+
+    It is opened before anything is predicted, so that a folder that can't be written is told
+    at once.
+
+    Raises:
+        StorageError: It can't be written, or is the file that the texts come from.
+    """
+    if output is None:
+        yield None
+        return
+    from lorasweep.core.errors import Problem, StorageError
+
+    both_there = source is not None and Path(source).exists() and output.exists()
+    if both_there and output.samefile(str(source)):
+        what = "is the file that the texts are read from"
+        raise StorageError(Problem(str(output), what, "Name another --output."))
+    # Pipes, devices and links (/dev/stdout is one) are written through, never replaced by a file.
+    in_place = output.is_symlink() or (output.exists() and not output.is_file())
+    writing = output if in_place else output.with_name(f".{output.name}.{os.getpid()}.writing")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with writing.open("w", encoding="utf-8") as stream:
+            yield stream
+        if not in_place:
+            writing.replace(output)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = f"can't be written: {error.strerror or error}"
+        raise StorageError(Problem(str(output), what, "Name another --output.")) from None
+    finally:
+        if not in_place:
+            with suppress(OSError):
+                writing.unlink()
 
 
 def _write_lines(stream: TextIO, texts: list[str], predictions: list[Prediction]) -> None:

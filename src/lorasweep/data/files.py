@@ -12,7 +12,7 @@ from lorasweep.data.typed import read_parquet
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
-_ENDINGS = (*_DELIMITERS, *_JSON_LINES, ".parquet")
+ENDINGS = (*_DELIMITERS, *_JSON_LINES, ".parquet")
 
 
 def read_file(origin: str, text: str, label: str) -> RawTable:
@@ -33,7 +33,7 @@ def read_file(origin: str, text: str, label: str) -> RawTable:
     return read_separated(origin, path, content, text, label, _DELIMITERS[ending])
 
 
-def existing(origin: str, endings: tuple[str, ...] = _ENDINGS) -> Path:
+def existing(origin: str, endings: tuple[str, ...] = ENDINGS) -> Path:
     """Find the file, or say what is there instead."""
     path = Path(origin).expanduser()
     if path.is_dir():
@@ -57,11 +57,20 @@ def existing(origin: str, endings: tuple[str, ...] = _ENDINGS) -> Path:
 
 
 def decoded(origin: str, path: Path) -> str:
-    """Return the file's text without its byte order mark, line ends untouched."""
+    """Return the file's text; see :func:`decode`."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(Problem(origin, f"can't be read: {error.strerror}")) from None
+    return decode(origin, content)
+
+
+def decode(origin: str, content: bytes) -> str:
+    """Return UTF-8 text without its byte order mark, line ends untouched.
+
+    Raises:
+        DataError: With the lines that aren't UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
