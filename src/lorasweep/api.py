@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasweep.core.errors import NothingToReportError
+from lorasweep.core.errors import NothingToReportError, Problem, SpecError
 from lorasweep.core.records import FinishedSweep
 from lorasweep.deploy.export import export
 from lorasweep.executors.in_process import OpenSweep, finish, must_exist, open_sweep, train
 from lorasweep.report.json_report import load_report
-from lorasweep.report.write import RESULTS, write_report
+from lorasweep.report.write import RESULTS, check_out, documents, write_report
 from lorasweep.spec.loader import load_spec
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.conclude import winner_of
@@ -95,6 +97,8 @@ def report_sweep(
     """
     spec = _spec(spec, overrides)
     must_exist(spec)
+    if out is not None:
+        check_out(out)  # before the test split is opened
     with open_sweep(spec, listener) as sweep:
         return _write(sweep, out or sweep.prepared.paths.report, listener)
 
@@ -136,11 +140,20 @@ def export_sweep(
 
 
 def _spec(spec: Spec | str | Path, overrides: Iterable[str]) -> Spec:
-    return spec if isinstance(spec, Spec) else load_spec(spec, overrides)
+    if not isinstance(spec, Spec):
+        return load_spec(spec, overrides)
+    if words := list(overrides):
+        what = "overrides go with the path of a spec, not with one that is loaded already"
+        raise SpecError(Problem(f"--set {words[0]}", what, "Give them to load_spec."))
+    return spec
 
 
 def _write(sweep: OpenSweep, out: Path, listener: Listener) -> SweepReport:
     finished = finish(sweep, listener)
     page = write_report(finished, out)
-    sweep.tracker.log_artifacts(finished.tracking["run_id"], page.parent, "report")
+    # A copy, since a user's own files may lie beside the report's, and are nobody else's business.
+    with tempfile.TemporaryDirectory(prefix="lorasweep-") as scratch:
+        for document in documents(out):
+            shutil.copy(document, scratch)
+        sweep.tracker.log_artifacts(finished.tracking["run_id"], Path(scratch), "report")
     return SweepReport(finished, page)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.core.errors import StorageError
+from lorasweep.core.errors import InputError, StorageError
 from lorasweep.evaluation.predictions import read_predictions
 from lorasweep.report import plots, write
 from lorasweep.report.collect import collect
@@ -92,6 +92,17 @@ def test_a_new_report_leaves_no_trace_of_the_old_one(make_sweep, tmp_path: Path)
     assert names_in(tmp_path) == both | {"predictions.csv", "confusion_matrix.png"}
     write_report(make_sweep(test_rows=None, samples=()), tmp_path)
     assert names_in(tmp_path) == both
+
+
+@pytest.mark.parametrize("name", ["index.html", "predictions.csv"])
+def test_files_that_no_report_wrote_are_not_replaced(  # type: ignore[no-untyped-def]
+    name: str, make_sweep, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no report wrote"):
+        write_report(make_sweep(), tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert names_in(tmp_path) == {name}
 
 
 @pytest.mark.usefixtures("quick_figures")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lorasweep.core.errors import Problem, StorageError
+from lorasweep.core.errors import InputError, Problem, StorageError
 from lorasweep.core.records import FinishedSweep
 from lorasweep.evaluation.predictions import write_predictions
 from lorasweep.report import plots
@@ -28,6 +29,28 @@ FIGURES: dict[str, Callable[[Findings], plots.Drawn]] = {
     "confusion_matrix.png": plots.confusion_matrix,
     "before_after.png": plots.before_after,
 }
+_DOCUMENTS = (RESULTS, PREDICTIONS, *FIGURES, CARD, PAGE)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder in which a report would replace files that no report wrote.
+
+    Raises:
+        InputError: It holds a file of a document's name, and no results of a report.
+    """
+    try:
+        ours = "schema_version" in json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    strange = [] if ours else [path.name for path in documents(out)]
+    if strange:
+        what = f"holds {', '.join(strange)}, which no report wrote and this one would replace"
+        raise InputError(Problem(str(out), what, "Give another folder with --out."))
+
+
+def documents(out: Path) -> list[Path]:
+    """The files of a report that are there, and nothing else that lies beside them."""
+    return [out / name for name in _DOCUMENTS if (out / name).is_file()]
 
 
 def write_report(finished: FinishedSweep, out: Path) -> Path:
@@ -45,15 +68,17 @@ def write_report(finished: FinishedSweep, out: Path) -> Path:
         Path of ``index.html``.
 
     Raises:
+        InputError: Files that no report wrote would be replaced.
         StorageError: The folder can't be written to.
     """
+    check_out(out)
     findings = collect(finished)
     try:
         out.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out, prefix=".report-"))
         try:
             made = _write_all(findings, staging)
-            for name in (RESULTS, PREDICTIONS, *FIGURES, CARD, PAGE):
+            for name in _DOCUMENTS:
                 if name in made:
                     (staging / name).replace(out / name)
                 else:  # of an earlier report, and not true any more
