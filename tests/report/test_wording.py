@@ -98,9 +98,13 @@ def test_a_validation_score_far_above_test_is_said(make_sweep) -> None:  # type:
 def test_interrupted_trials_are_counted(make_sweep) -> None:  # type: ignore[no-untyped-def]
     sweep = make_sweep(trials=2)
     stopped = replace(sweep.trials[1], state=TrialState.INTERRUPTED, score=None, reason="Ctrl-C")
-    assert "1 trial interrupted: Ctrl-C (1)." in said(
-        replace(sweep, trials=(sweep.trials[0], stopped))
-    )
+    left_there = replace(sweep, trials=(sweep.trials[0], stopped))
+    assert "1 trial interrupted: Ctrl-C (1)." in said(left_there)
+    again = replace(sweep.trials[1], number=2, retry_of=1)
+    taken_up = replace(sweep, trials=(sweep.trials[0], stopped, again))
+    # A sweep that was cut off and went on says what an uninterrupted one would say.
+    assert "interrupted" not in said(taken_up)
+    assert wording.conclusion(taken_up, None).startswith("Of 2 trials, trial ")
 
 
 @pytest.mark.parametrize("module", [wording, drawing])

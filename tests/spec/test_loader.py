@@ -192,6 +192,14 @@ def test_a_missing_file_names_its_neighbour(write):
     assert problems(path.with_name("quik.yaml"))[0].endswith("quick.yaml?")
 
 
+def test_a_missing_file_here_names_what_is_here(write, monkeypatch):
+    path = write(GOOD)
+    monkeypatch.chdir(path.parent)
+    assert problems(Path("nothing")) == [
+        f"nothing: there is no such file. This folder holds {path.name}."
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
 def test_a_file_that_is_no_mapping_is_told_so(write, text):
     assert "must be a mapping of keys" in problems(write(text))[0]

@@ -222,6 +222,24 @@ def test_the_test_split_stays_closed_until_the_report(small_sweep):
     assert set(finished.test) == {"finetuned", "untrained", "majority"}
 
 
+def test_a_report_elsewhere_takes_no_file_of_the_users_along(small_sweep, tmp_path):
+    run_sweep(small_sweep, ["search.trials=1"], report=False)
+    out = tmp_path / "here"
+    out.mkdir()
+    (out / "diary.txt").write_text("mine")
+    report = report_sweep(small_sweep, ["search.trials=1"], out=out)
+    client = open_tracker(load_spec(small_sweep)).client
+    logged = client.list_artifacts(report.finished.tracking["run_id"], "report")
+    there = {path.name for path in out.iterdir()}
+    assert {item.path for item in logged} == {f"report/{name}" for name in there - {"diary.txt"}}
+    assert "index.html" in there
+
+
+def test_overrides_of_a_loaded_spec_are_refused_and_not_dropped(small_sweep):
+    with pytest.raises(InputError, match="load_spec"):
+        run_sweep(load_spec(small_sweep), ["search.trials=1"])
+
+
 def test_stored_predictions_belong_to_their_weights(small_sweep):
     _, first = run_sweep(small_sweep)
     weights = sweep_paths("mlruns", "small").adapter(first.finished.best.number)
@@ -230,8 +248,13 @@ def test_stored_predictions_belong_to_their_weights(small_sweep):
 
     changed = {name: value + 0.5 for name, value in load_file(file).items()}
     save_file(changed, file)
-    again = report_sweep(small_sweep).finished
+    heard = Heard()
+    again = report_sweep(small_sweep, listener=heard).finished
     assert len(again.openings) == 2
+    assert again.openings[0] == first.finished.openings[0]
+    # Nothing untrue about it: the winner is the one it was.
+    assert again.openings[1]["reason"].startswith("the same winner again")
+    assert not any("another winner" in warning.message for warning in heard.of(Warned))
     before, after = (f.test["finetuned"].probabilities for f in (first.finished, again))
     assert not np.allclose(before, after)
 

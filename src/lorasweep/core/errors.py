@@ -11,8 +11,7 @@
     │   ├── StorageError              disk, folders, the study's database
     │   └── ConflictError             a sweep of this name exists and differs, or is running
     ├── TrialError                    one trial failed; the sweep goes on
-    │   ├── DivergedError             its loss stopped being a number
-    │   └── OutOfMemoryError          it did not fit
+    │   └── DivergedError             its loss stopped being a number
     └── NothingToReportError          no trial finished
 
 To add one: give it the parent whose exit code it shares, raise it with
@@ -101,10 +100,6 @@ class TrialError(LoraSweepError):
 
 class DivergedError(TrialError):
     """The loss or the logits of a trial stopped being finite numbers."""
-
-
-class OutOfMemoryError(TrialError):
-    """A trial did not fit into the memory at hand."""
 
 
 class NothingToReportError(LoraSweepError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorasweep.evaluation.significance import format_p
 from lorasweep.report.findings import Findings
+from lorasweep.report.wording import tried
 
 
 def card(findings: Findings) -> str:
@@ -49,7 +50,7 @@ def _about(findings: Findings) -> str:
         f"{facts.all_parameters:,}",
         f"- Data: {_inline(sweep.corpus.name)} from {_inline(sweep.corpus.source)}; "
         f"{len(sweep.corpus.train):,} train and {len(sweep.corpus.validation):,} validation texts",
-        f"- Chosen: trial {sweep.best.number} of {len(sweep.trials)}, by validation "
+        f"- Chosen: trial {sweep.best.number} of {tried(sweep)} tried, by validation "
         f"{sweep.objective}",
     ]
     config = findings.configs.get(sweep.best.number, {})

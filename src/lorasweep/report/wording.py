@@ -20,7 +20,7 @@ def conclusion(sweep: FinishedSweep, test: TestResult | None) -> str:
     best = sweep.best
     score = "no score" if best.score is None else f"{best.score:.4f}"
     chosen = (
-        f"Trial {best.number} of {len(sweep.trials)} has the best validation "
+        f"Of {count(tried(sweep), 'trial')}, trial {best.number} has the best validation "
         f"{sweep.objective} ({score})."
     )
     if test is None:
@@ -162,8 +162,10 @@ def _seed_noise(sweep: FinishedSweep) -> Iterator[str]:
 
 
 def _troubled_trials(sweep: FinishedSweep) -> Iterator[str]:
+    # An interrupted trial whose point was trained again, from its start, weakens nothing.
+    taken_up = {trial.retry_of for trial in sweep.trials}
     for state in (TrialState.FAILED, TrialState.INTERRUPTED):
-        found = [trial for trial in sweep.trials if trial.state is state]
+        found = [t for t in sweep.trials if t.state is state and t.number not in taken_up]
         if found:
             reasons = Counter(trial.reason or "no reason given" for trial in found)
             told = "; ".join(f"{reason} ({times})" for reason, times in reasons.most_common(3))
@@ -177,6 +179,11 @@ def count(number: int, noun: str) -> str:
     ('1 text', '1,200 texts')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def tried(sweep: FinishedSweep) -> int:
+    """Return how many trials count: interrupted ones are tried again under another number."""
+    return sum(trial.state is not TrialState.INTERRUPTED for trial in sweep.trials)
 
 
 def standard_error(share: float, rows: int) -> float:

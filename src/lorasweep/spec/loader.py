@@ -166,8 +166,9 @@ def _missing(path: Path) -> Problem:
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return Problem(str(path), "there is no such file", f"Did you mean {folder / near[0]}?")
-    there = f" {folder} holds {', '.join(sorted(names))}." if names else ""
-    return Problem(str(path), "there is no such file", there.strip())
+    place = "This folder" if folder == Path() else str(folder)
+    there = f"{place} holds {', '.join(sorted(names))}." if names else ""
+    return Problem(str(path), "there is no such file", there)
 
 
 def _override(source: SpecSource, word: str) -> Problem | None:

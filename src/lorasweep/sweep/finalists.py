@@ -173,7 +173,11 @@ class Finalists:
     def _enter(self, models: Sequence[str]) -> None:
         earlier = [entry for entry in self.openings if FINETUNED in entry["models"]]
         reason = "first opening"
-        if FINETUNED in models and earlier:
+        if FINETUNED in models and earlier and earlier[-1]["trial"] == self._winner.number:
+            # Its weights or the data were changed by hand, or a kill came before they were stored.
+            reason = "the same winner again: no stored predictions belong to its weights and data"
+            self._listener(Warned("The test split is opened again for the same winner."))
+        elif FINETUNED in models and earlier:
             reason = f"the winner changed from trial {earlier[-1]['trial']}"
             self._listener(
                 Warned(
@@ -190,8 +194,11 @@ class Finalists:
             "reason": reason,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "ledger.jsonl").open("a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(entry) + "\n")
+        # Written anew and put in place, so that a full disk leaves no half a line behind.
+        writing = self._folder / ".ledger.partial.jsonl"
+        lines = [json.dumps(line) + "\n" for line in (*self.openings, entry)]
+        writing.write_text("".join(lines), encoding="utf-8")
+        writing.replace(self._folder / "ledger.jsonl")
 
 
 def head_seed(trial_seed: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
@@ -138,16 +138,6 @@ class MlflowTracker:
             for run in runs
             if run.info.status in _OPEN_STATUSES
         )
-
-    def close_stranded(self, parent: str, running: Collection[int]) -> list[int]:
-        """Finish, as interrupted, the open runs of trials that aren't in ``running``.
-
-        A process that was killed leaves its runs RUNNING for ever. Returns their numbers.
-        """
-        stranded = [pair for pair in self.runs_left_open(parent) if pair[0] not in running]
-        for _, run_id in stranded:
-            self.finish(run_id, TrialState.INTERRUPTED)
-        return [number for number, _ in stranded]
 
     # ---------------------------------------------------------------------------- trials
 
