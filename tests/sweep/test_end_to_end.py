@@ -8,7 +8,7 @@ import pytest
 
 from lorasweep import load_report, load_spec, report_sweep, run_sweep
 from lorasweep.core.errors import ConflictError, InputError, NothingToReportError
-from lorasweep.core.paths import sweep_paths
+from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.records import TrialState
 from lorasweep.search.study import Study
 from lorasweep.sweep.events import TrialEnded, TrialEvaluated, TrialStarted, Warned
@@ -233,6 +233,19 @@ def test_a_report_elsewhere_takes_no_file_of_the_users_along(small_sweep, tmp_pa
     there = {path.name for path in out.iterdir()}
     assert {item.path for item in logged} == {f"report/{name}" for name in there - {"diary.txt"}}
     assert "index.html" in there
+
+
+def test_the_stores_password_is_written_nowhere(small_sweep, tmp_path, monkeypatch):
+    # A server is out of reach for a test: the address leads to a database here.
+    monkeypatch.setattr(
+        SweepPaths, "tracking_uri", lambda self, _uri: f"sqlite:///{self.mlflow_database}"
+    )
+    uri = "postgresql://me:open-sesame@localhost/runs"
+    _, report = run_sweep(small_sweep, ["search.trials=1", f"tracking.uri={uri}"])
+    assert "me:***@localhost" in report.results.read_text(encoding="utf-8")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert (tmp_path / "mlruns/sweeps/small/spec.yaml") in written
+    assert not [path for path in written if b"open-sesame" in path.read_bytes()]
 
 
 def test_overrides_of_a_loaded_spec_are_refused_and_not_dropped(small_sweep):

@@ -8,10 +8,11 @@ from lorasweep.model.checkpoint import load_finetuned, merge
 from lorasweep.search.study import Study
 from lorasweep.sweep.events import Listener, Said
 from lorasweep.sweep.finalists import Finalists, adapter_exists
-from lorasweep.sweep.prepare import Prepared
+from lorasweep.sweep.prepare import Prepared, to_be_shown
 from lorasweep.tracking.champion import log_champion
 from lorasweep.tracking.environment import describe
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
+from lorasweep.tracking.store import redacted
 
 _EXAMPLES = 3
 
@@ -57,7 +58,7 @@ def conclude(
         name=spec.name,
         task=f"text classification, {len(corpus.label_names)} labels",
         objective=spec.search.objective,
-        spec=spec.model_dump(mode="json"),
+        spec=to_be_shown(spec).model_dump(mode="json"),
         spec_fingerprint=prepared.fingerprint,
         corpus=corpus,
         base={
@@ -74,7 +75,7 @@ def conclude(
         openings=finalists.openings,
         history={record.number: study.history(record.number) for record in study.records()},
         environment=describe(),
-        tracking={"uri": tracker.uri, "experiment": tracker.experiment, "run_id": parent},
+        tracking={"uri": redacted(tracker.uri), "experiment": tracker.experiment, "run_id": parent},
     )
 
 

@@ -20,6 +20,7 @@ from lorasweep.model.base import Base, open_base
 from lorasweep.spec.resolve import adapters_in, fingerprint, identity
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.events import Listener, Said, Warned
+from lorasweep.tracking.store import redacted
 
 # A study, its runs and one small adapter need about this much before anything is trained.
 _LEAST_FREE_BYTES = 200 * 1024 * 1024
@@ -115,6 +116,12 @@ def prepare(spec: Spec, paths: SweepPaths, listener: Listener) -> Prepared:
         validation=validation,
         identity=identity(spec, corpus.fingerprint, base.digest),
     )
+
+
+def to_be_shown(spec: Spec) -> Spec:
+    """The spec as files, runs and reports may show it: without the password of the MLflow store."""
+    shown = spec.tracking.model_copy(update={"uri": redacted(spec.tracking.uri)})
+    return spec.model_copy(update={"tracking": shown})
 
 
 def file_digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from lorasweep.sweep.events import (
     TrialStarted,
     Warned,
 )
-from lorasweep.sweep.prepare import Prepared
+from lorasweep.sweep.prepare import Prepared, to_be_shown
 from lorasweep.sweep.reporter import SweepReporter
 from lorasweep.tracking.environment import describe
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
@@ -141,7 +141,7 @@ class Worker:
                 "engine": spec.engine,
             },
         )
-        resolved = dump_spec(spec)
+        resolved = dump_spec(to_be_shown(spec))
         prepared.paths.spec.write_text(resolved, encoding="utf-8")
         self._tracker.log_text(parent, resolved, "spec.yaml")
         self._tracker.log_corpus(parent, prepared.corpus)
