@@ -136,7 +136,9 @@ def test_an_empty_folder_is_filled_and_missing_ones_are_made(finetuned, tmp_path
     assert (export(base, adapter, tmp_path / "a" / "b", {}) / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("what", ["thesis", "a file in an export", "file", "here", "foreign"])
+@pytest.mark.parametrize(
+    "what", ["thesis", "a file in an export", "an edited export", "file", "here", "foreign"]
+)
 def test_nothing_of_the_users_is_overwritten(what, finetuned, tmp_path, monkeypatch):
     base, adapter = finetuned("bert")
     target = tmp_path / "out"
@@ -145,6 +147,9 @@ def test_nothing_of_the_users_is_overwritten(what, finetuned, tmp_path, monkeypa
     elif what == "a file in an export":
         export(base, adapter, target, {})
         (target / "notes.txt").write_text("mine")
+    elif what == "an edited export":
+        export(base, adapter, target, {})
+        (target / "config.json").write_text("mine")
     else:
         target.mkdir()
         if what == "thesis":

@@ -12,7 +12,7 @@ from lorasweep.core.errors import ConflictError, ModelError, StorageError
 from lorasweep.core.paths import sweep_paths
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
-from lorasweep.executors.in_process import choose_engine, open_sweep
+from lorasweep.executors.in_process import choose_engine, open_sweep, useful_lanes
 from lorasweep.sweep.prepare import check_storage, prepare
 
 
@@ -95,10 +95,28 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
 def test_auto_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
     engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=1"))
     assert type(engine) is TrainerEngine
-    assert "single trial" in why
+    assert "too few trials" in why
     xlnet = f"model.name={tiny_base_folder('xlnet')}"
-    engine, why = choose_engine(prepared(small_sweep, "engine=auto", xlnet))
+    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "lanes=2", xlnet))
     assert type(engine) is TrainerEngine
-    assert len(why) > len("trainer ()")
+    assert "xlnet" in why
     with pytest.raises(ModelError):
         choose_engine(prepared(small_sweep, "engine=packed", xlnet))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lanes"),
+    [
+        (["search.trials=12"], 4),  # tpe: two thirds of the trials know how others ended
+        (["search.trials=12", "search.sampler={kind: random}"], 12),
+        (["search.trials=12", "lanes=6"], 6),
+        (["search.trials=2"], 1),
+    ],
+)
+def test_a_sampler_that_learns_is_left_something_to_learn(small_sweep, overrides, lanes):
+    assert useful_lanes(load_spec(small_sweep, overrides)) == lanes
+
+
+def test_auto_lanes_keep_to_that(small_sweep):
+    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=6"))
+    assert (type(engine), why) == (PackedEngine, "packed, 2 lanes")

@@ -109,6 +109,11 @@ def _check_target(target: Path) -> None:
         ours = set()
     there = {str(p.relative_to(target).as_posix()) for p in target.rglob("*") if not p.is_dir()}
     strange = sorted(there - ours - {MANIFEST}) if ours else sorted(there)
+    strange += [
+        f"{name} (changed since)"
+        for name in sorted(there & ours)
+        if _digest(target / name) != earlier["files"][name].get("sha256")
+    ]
     if strange or not ours:
         named = ", ".join(strange[:3]) or "other folders"
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""

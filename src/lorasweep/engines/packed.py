@@ -44,6 +44,7 @@ class PackedEngine:
         validation: Rows to score after each epoch.
         settings: What all trials share.
         lanes: How many trials at once; ``auto`` measures a step and takes what memory allows.
+        most: With ``auto``, no more than these, whatever the memory; None for no such bound.
 
     Attributes:
         model: The base that all trials share.
@@ -60,6 +61,8 @@ class PackedEngine:
         validation: EncodedSplit,
         settings: EngineSettings,
         lanes: int | Literal["auto"] = "auto",
+        *,
+        most: int | None = None,
     ) -> None:
         self.base = base
         self.train = train
@@ -69,6 +72,9 @@ class PackedEngine:
         self.precision = resolve(settings.precision, self.device)
         self.use = PackUse()
         self._lanes = lanes
+        self._most = _MOST_LANES.get(self.device.type, 8)
+        if most is not None:
+            self._most = min(self._most, most)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
@@ -117,7 +123,6 @@ class PackedEngine:
         needed += 4 * model.weights.weights.nbytes
         model.keep_lanes([])
         self.use.bytes_per_lane = needed
-        most = _MOST_LANES.get(self.device.type, 8)
-        lanes = lanes_that_fit(free_bytes(self.device), needed, most)
+        lanes = lanes_that_fit(free_bytes(self.device), needed, self._most)
         _log.info("%d lanes: one more takes %.0f MiB", lanes, needed / 2**20)
         return lanes

@@ -94,15 +94,29 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
     parts = (prepared.base, prepared.train, prepared.validation, settings)
     if spec.engine == "trainer":
         return TrainerEngine(*parts), "trainer"
-    if spec.engine == "auto" and spec.search.trials == 1:
-        return TrainerEngine(*parts), "trainer (a single trial has nobody to share a base with)"
+    most = useful_lanes(spec)
+    if spec.engine == "auto" and most == 1:
+        return TrainerEngine(*parts), "trainer (too few trials to train any at once)"
     try:
-        packed = PackedEngine(*parts, lanes=spec.lanes)
+        packed = PackedEngine(*parts, lanes=spec.lanes, most=most)
         return packed, f"packed, {packed.capacity} lanes"
     except ModelError as error:
         if spec.engine == "packed":
             raise
         return TrainerEngine(*parts), f"trainer ({error.problems[0].what})"
+
+
+def useful_lanes(spec: Spec) -> int:
+    """Lanes beyond which a pack wins nothing, or the sampler learns nothing.
+
+    A sampler that models earlier results is asked blindly for every trial that starts before
+    any has ended; a third of the trials may.
+    """
+    if spec.lanes != "auto":
+        return spec.lanes
+    if spec.search.sampler.kind in ("tpe", "gp", "cmaes"):
+        return -(-spec.search.trials // 3)
+    return spec.search.trials
 
 
 def must_exist(spec: Spec) -> None:

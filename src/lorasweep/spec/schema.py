@@ -302,7 +302,7 @@ class Spec(Frozen):
         engine: ``trainer`` trains one trial after another, ``packed`` many at once on one
             base; ``auto`` takes the packed one where it can carry the base.
         lanes: Trials that the packed engine trains at once; ``auto`` measures a step and
-            takes as many as memory allows.
+            takes as many as memory allows, and as leave the sampler something to learn.
         baselines: References that the report compares the winner with.
         tracking: Where runs are recorded.
         output: The folder that all is written to.
@@ -321,7 +321,7 @@ class Spec(Frozen):
         default=("untrained", "majority", "tfidf"),
     )
     tracking: TrackingSpec = TrackingSpec()
-    output: str = "mlruns"
+    output: str = Field(default="mlruns", min_length=1)
 
     @field_validator("name")
     @classmethod
