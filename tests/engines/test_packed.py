@@ -222,6 +222,25 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_step(engine, plan, 
         same(expected, recorder, number, NEIGHBOURS)
 
 
+def test_running_out_of_memory_while_evaluating_loses_no_evaluation(engine, plan, monkeypatch):
+    plans = [plan(number) for number in range(1, 5)]
+    expected = run(engine(4), plans)
+    made = engine(4)
+    forward = made.model.forward
+
+    def tight(batch, *, training):
+        if not training and made.model.lanes > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(batch, training=training)
+
+    monkeypatch.setattr(made.model, "forward", tight)
+    recorder = run(made, plans)
+    assert made.capacity == 1
+    for number in range(1, 5):
+        assert recorder.log.count(("completed", number, 10)) == 1
+        same(expected, recorder, number, NEIGHBOURS)
+
+
 def test_a_trial_that_does_not_fit_alone_fails_with_that_reason(engine, plan, monkeypatch):
     made = engine(2)
     forward = made.model.forward

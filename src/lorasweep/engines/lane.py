@@ -24,6 +24,7 @@ class Lane:
         settings: Scaling and dropout.
         began: ``time.perf_counter()`` at its start.
         losses: Losses since the last report.
+        evaluated: Epochs whose evaluation is behind it.
         parked: Weights and moments while it has no place in the pack.
         outcome: How it ended; None while it runs.
     """
@@ -34,8 +35,14 @@ class Lane:
     settings: LaneSettings
     began: float
     losses: list[float] = field(default_factory=list)
+    evaluated: int = 0
     parked: LaneState | None = None
     outcome: Outcome | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether an epoch has ended that is not evaluated yet."""
+        return self.outcome is None and self.progress.epochs_done > self.evaluated
 
     @property
     def seconds(self) -> float:

@@ -61,7 +61,11 @@ class PackRun:
             if not self.lanes:
                 return
             try:
-                self._step()
+                # Apart, so that running out of memory in one repeats neither the other.
+                if due := [lane for lane in self.lanes if lane.due]:
+                    self._evaluate(due)
+                else:
+                    self._step()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -154,7 +158,7 @@ class PackRun:
     # -- one step ----------------------------------------------------------------------
 
     def _step(self) -> None:
-        """One optimizer step of every lane; those at the end of an epoch are evaluated."""
+        """One optimizer step of every lane."""
         engine, model = self.engine, self.engine.model
         batch = lay_out(
             engine.train,
@@ -172,9 +176,6 @@ class PackRun:
         each.sum().backward()
         self._count(batch)
         self._finish_step(losses)
-        due = [lane for lane in self.lanes if lane.outcome is None and lane.progress.epoch_ended]
-        if due:
-            self._evaluate(due)
 
     def _finish_step(self, losses: torch.Tensor) -> None:
         """Update all lanes and report; a lane whose loss is no number fails before its update."""
@@ -229,6 +230,7 @@ class PackRun:
         scored = self._validation_logits(due)
         for lane, logits in zip(due, scored, strict=True):
             progress, plan = lane.progress, lane.plan
+            lane.evaluated = progress.epochs_done
             if not np.isfinite(logits).all():
                 lane.end(
                     TrialState.FAILED,

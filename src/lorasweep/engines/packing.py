@@ -74,11 +74,6 @@ class Progress:
         return self.step // self.per_epoch
 
     @property
-    def epoch_ended(self) -> bool:
-        """Whether the last step was an epoch's last."""
-        return self.step > 0 and self.step % self.per_epoch == 0
-
-    @property
     def ended(self) -> bool:
         """Whether the budget is spent."""
         return self.step >= self.steps
