@@ -61,11 +61,7 @@ class PackRun:
             if not self.lanes:
                 return
             try:
-                # Apart, so that running out of memory in one repeats neither the other.
-                if due := [lane for lane in self.lanes if lane.due]:
-                    self._evaluate(due)
-                else:
-                    self._step()
+                self._advance()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -154,6 +150,13 @@ class PackRun:
             self.parked.append(lane)
         self._keep(self.lanes[:half])
         _log.warning("out of memory: going on with %d lanes", half)
+
+    def _advance(self) -> None:
+        """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
+        if due := [lane for lane in self.lanes if lane.due]:
+            self._evaluate(due)
+        else:
+            self._step()
 
     # -- one step ----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lorasweep.core.records import TrialRecord, TrialState
 from lorasweep.report.drawing import (
@@ -230,6 +230,8 @@ def _scatter(axes: Any, scored: Sequence[TrialRecord], key: str, best: int) -> N
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(3))  # more would run into each other
     else:
         places = np.array([distinct.index(v if numeric else _value(v)) for v in values], float)
         steep = sum(map(len, labels)) > 24
