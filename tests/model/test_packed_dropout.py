@@ -9,6 +9,7 @@ import torch
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import (
     Dropout,
+    Mask,
     kept_bits,
     kept_scale,
     lane_key,
@@ -51,8 +52,7 @@ def test_bytes_are_uniform_and_uncorrelated():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dropout_keeps_the_share_it_says_and_the_mean(rate, dtype):
     x = torch.ones(3000, 100, dtype=dtype, requires_grad=True)
-    bits = kept_bits(streams(), 5, 100, rate_byte(rate), dtype)
-    y = Dropout.apply(x, bits, kept_scale(rate))
+    y = Dropout.apply(x, Mask(streams(), 5, rate_byte(rate)), kept_scale(rate))
     dropped = (y == 0).double().mean().item()
     exact = rate_byte(rate) / 256
     assert abs(exact - rate) <= 1 / 256

@@ -20,7 +20,7 @@ from lorasweep.model.packed_attention import (
     make_buckets,
 )
 from lorasweep.model.packed_batch import LaneRows, lay_out
-from lorasweep.model.packed_dropout import kept_bits, rate_byte
+from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
 from lorasweep.model.packed_products import (
     adapted_linear,
@@ -73,11 +73,11 @@ def test_a_nan_stays_in_its_lane():
 def test_gradients_of_the_adapted_linear_layer(dropout, biased):
     weight, bias = numbers(5, 6, seed=3), numbers(5, seed=4) if biased else None
     streams = torch.arange(9) * 7919
-    kept = kept_bits(streams, 1, 6, rate_byte(dropout), torch.float64) if dropout else None
+    mask = Mask(streams, 1, rate_byte(dropout)) if dropout else None
     scaling = torch.rand(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def layer(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return adapted_linear(x, down, up, weight, bias, scaling, kept, ENDS)
+        return adapted_linear(x, down, up, weight, bias, scaling, mask, ENDS)
 
     inputs = numbers(9, 6), numbers(4, 2, 6, seed=1), numbers(4, 5, 2, seed=2)
     assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])

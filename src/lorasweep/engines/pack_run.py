@@ -171,6 +171,7 @@ class PackRun:
             ],
             engine.device,
             training=True,
+            filled=model.filled,
         )
         logits = model.forward(batch, training=True)
         each = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
@@ -273,7 +274,7 @@ class PackRun:
         with torch.no_grad():
             for rows in length_batches(split, engine.settings.eval_batch_size):
                 entries = [LaneRows(rows if lane in due else nothing) for lane in self.lanes]
-                batch = lay_out(split, entries, engine.device, training=False)
+                batch = lay_out(split, entries, engine.device, training=False, filled=model.filled)
                 logits: Any = model.forward(batch, training=False).float().cpu().numpy()
                 engine.use.tokens += batch.tokens
                 engine.use.attended += batch.attended

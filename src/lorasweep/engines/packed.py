@@ -25,6 +25,7 @@ from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packing import Progress, lanes_that_fit, length_batches
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.heap import keep_freed_memory
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.precision import pick_device, resolve
@@ -76,6 +77,8 @@ class PackedEngine:
         if most is not None:
             self._most = min(self._most, most)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
-from lorasweep.model.packed_dropout import kept_bits, kept_scale, masked, rate_byte
+from lorasweep.model.kernels import Attending, RowPlaces, kernels_for
+from lorasweep.model.packed_dropout import Mask, kept_scale, rate_byte
 
 PACKED = "lorasweep_packed"
 
@@ -189,7 +190,7 @@ class RowAttention(torch.autograd.Function):
         q_laid = query.reshape(-1, width).index_select(0, forth)
         k_laid, v_laid = (x.reshape(-1, width).index_select(0, all_forth) for x in (key, value))
         out = torch.empty_like(q_laid)
-        weights, kept = [], []
+        weights, masks = [], []
         for bucket in buckets.each:
             q, o = (_of_bucket(x, bucket, heads, first_only) for x in (q_laid, out))
             k, v = (_of_bucket(x, bucket, heads) for x in (k_laid, v_laid))
@@ -197,25 +198,24 @@ class RowAttention(torch.autograd.Function):
             weight = _softmax(scores, bucket, heads, window)
             mask = None
             if dropout is not None:
-                mask = dropout.mask(buckets, bucket, heads, o.dtype, first_only)
+                mask = dropout.mask(buckets, bucket, heads, first_only)
             weights.append(weight)
-            kept.append(mask)
+            masks.append(mask)
             torch.bmm(_dropped(weight, mask, dropout), v, out=o)
-        ctx.save_for_backward(q_laid, k_laid, v_laid, back, all_back, *weights, *kept)
-        ctx.packing = (scaling, buckets, dropout, first_only)
+        ctx.save_for_backward(q_laid, k_laid, v_laid, back, all_back, *weights)
+        ctx.packing = (scaling, buckets, dropout, first_only, masks)
         return out.index_select(0, back).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaling, buckets, dropout, first_only = ctx.packing
-        query, key, value, back, all_back, *rest = ctx.saved_tensors
-        weights, kept = rest[: len(buckets.each)], rest[len(buckets.each) :]
+        scaling, buckets, dropout, first_only, masks = ctx.packing
+        query, key, value, back, all_back, *weights = ctx.saved_tensors
         _, heads, width = grads[0].shape
         # Padding places repeat a token; what they output is never read, so its gradient is 0.
         grad_out = torch.zeros_like(query)
         grad_out.index_copy_(0, back, grads[0].reshape(-1, width))
         results = [torch.empty_like(x) for x in (query, key, value)]
-        for bucket, weight, mask in zip(buckets.each, weights, kept, strict=True):
+        for bucket, weight, mask in zip(buckets.each, weights, masks, strict=True):
             q, go, gq = (
                 _of_bucket(x, bucket, heads, first_only) for x in (query, grad_out, results[0])
             )
@@ -233,6 +233,42 @@ class RowAttention(torch.autograd.Function):
             )
         )
         return (*gathered, None, None, None, None)
+
+
+class CompiledAttention(torch.autograd.Function):
+    """What :class:`RowAttention` does, row by row in one loop, without buckets or padding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        places: RowPlaces,
+        dropout: AttentionDropout | None,
+        window: int | None,
+    ) -> Tensor:
+        """Return what :class:`RowAttention` returns."""
+        how = Attending(scaling, window or 0)
+        if dropout is not None:
+            rate = rate_byte(dropout.rate)
+            how = Attending(scaling, window or 0, dropout.streams, dropout.key, rate)
+        kernels = kernels_for(query)
+        assert kernels is not None  # packed_attention asked before
+        out, sums = kernels.attend(query, key, value, places, how)
+        ctx.save_for_backward(query, key, value, sums)
+        ctx.packing = (kernels, places, how)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sums = ctx.saved_tensors
+        kernels, places, how = ctx.packing
+        found = kernels.attend_backward(
+            grads[0], sums, query, key, value, places, how, ctx.needs_input_grad[1]
+        )
+        return (*found, None, None, None, None)
 
 
 @dataclass(slots=True)
@@ -254,17 +290,20 @@ class AttentionDropout:
         buckets: Buckets,
         bucket: Bucket,
         heads: int,
-        dtype: torch.dtype,
         first_only: bool = False,
-    ) -> Tensor:
-        """Return which weights are kept, as bits, ``(rows * heads, queries, longest)``."""
+    ) -> Mask:
+        """Return which weights are kept, for ``(rows * heads, queries, longest)``."""
         token = buckets.token[bucket.start : bucket.start + bucket.places]
         token = token.view(bucket.rows, 1, bucket.longest)
         streams = self.streams[token[..., :1] if first_only else token]
         # A stream for each head: odd multiples keep them apart.
         offset = torch.arange(1, 2 * heads, 2, device=streams.device).view(1, heads, 1)
-        kept = kept_bits(streams * offset, self.key, bucket.longest, rate_byte(self.rate), dtype)
-        return kept.view(bucket.rows * heads, -1, bucket.longest)
+        return Mask((streams * offset).contiguous(), self.key, rate_byte(self.rate))
+
+    @property
+    def scale(self) -> float:
+        """What kept weights are multiplied by."""
+        return kept_scale(self.rate)
 
 
 def packed_attention(
@@ -301,8 +340,11 @@ def packed_attention(
     if dropout > 0 and pack.batch.streams is not None:
         masked = AttentionDropout(pack.batch.streams, module.pack_key, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    buckets = pack.batch.buckets
-    out = RowAttention.apply(q, k, v, scaling, buckets, masked, sliding_window)
+    if kernels_for(q) is None:
+        out = RowAttention.apply(q, k, v, scaling, pack.batch.buckets, masked, sliding_window)
+    else:
+        places = pack.batch.places(first_only=len(q) != len(k))
+        out = CompiledAttention.apply(q, k, v, scaling, places, masked, sliding_window)
     return out.unsqueeze(0), None
 
 
@@ -341,11 +383,11 @@ def _softmax_gradient(gradient: Tensor, weights: Tensor) -> Tensor:
     return found.to(weights.dtype)
 
 
-def _dropped(weights: Tensor, bits: Tensor | None, dropout: AttentionDropout | None) -> Tensor:
+def _dropped(weights: Tensor, mask: Mask | None, dropout: AttentionDropout | None) -> Tensor:
     """Apply dropout to attention weights, or to their gradient."""
-    if bits is None or dropout is None:
+    if mask is None or dropout is None:
         return weights
-    return masked(weights, bits).mul_(kept_scale(dropout.rate))
+    return mask.applied(weights, dropout.scale)
 
 
 def _outside_window(bucket: Bucket, window: int, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasweep.core.records import EncodedSplit
+from lorasweep.model.kernels import RowPlaces
 from lorasweep.model.packed_attention import Buckets, make_buckets
 from lorasweep.model.packed_dropout import token_keys
 
@@ -32,7 +33,9 @@ class LaneRows:
 
 @dataclass(slots=True)
 class PackedBatch:
-    """Rows of all lanes, lane after lane, row after row, without any padding.
+    """Rows of all lanes, lane after lane, row after row; no row is padded.
+
+    There may be a few filling tokens behind each lane's rows, which belong to no row.
 
     Attributes:
         split: Where the rows are from.
@@ -42,10 +45,10 @@ class PackedBatch:
         token_ends, row_ends: One past each lane's last token, and row; int32 ``(lanes,)``.
         token_lane, row_lane: The lane of each token, and row; int64.
         first: The first token of each row, int64 ``(rows,)``.
-        row_starts: ``first`` with the number of tokens appended, int64 ``(rows + 1,)``.
+        real: Which tokens belong to rows, int64 ``(real tokens,)``; None for all.
         row_weight: One over the rows of the row's lane, float32 ``(rows,)``: a lane's loss is
             the mean over its own rows.
-        buckets: How attention lays the rows out.
+        lengths: Tokens of each row, int64 ``(rows,)``.
         streams, row_streams: Dropout streams of tokens, and rows; None outside training.
         lane_streams: One for each lane, for what all of its rows share.
         split_tokens: Where each token lies in its split, int64 ``(tokens,)``.
@@ -60,23 +63,46 @@ class PackedBatch:
     token_lane: Tensor
     row_lane: Tensor
     first: Tensor
-    row_starts: Tensor
+    real: Tensor | None
     row_weight: Tensor
-    buckets: Buckets
+    lengths: NDArray[np.int64]
     streams: Tensor | None
     row_streams: Tensor | None
     lane_streams: Tensor | None
     split_tokens: Tensor
+    _buckets: Buckets | None = None
+    _places: dict[bool, RowPlaces] = field(default_factory=dict)
+
+    @property
+    def buckets(self) -> Buckets:
+        """How attention lays the rows out, where it has no compiled kernel; made on demand."""
+        if self._buckets is None:
+            self._buckets = make_buckets(self.lengths, self.ids.device)
+        return self._buckets
+
+    def places(self, *, first_only: bool) -> RowPlaces:
+        """Where the rows lie, for compiled attention.
+
+        Args:
+            first_only: There is one query a row, of its first token.
+        """
+        if first_only not in self._places:
+            length = torch.from_numpy(self.lengths)
+            query_first, query_count = self.first, length
+            if first_only:
+                query_first, query_count = torch.arange(len(length)), torch.ones_like(length)
+            self._places[first_only] = RowPlaces(self.first, length, query_first, query_count)
+        return self._places[first_only]
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch, all of them real."""
-        return self.ids.shape[1]
+        """Tokens of the batch's rows."""
+        return int(self.lengths.sum())
 
     @property
     def attended(self) -> int:
-        """Tokens that attention computes, its padding included."""
-        return len(self.buckets.token)
+        """Tokens that were computed: filling tokens and attention's own padding included."""
+        return max(self.ids.shape[1], 0 if self._buckets is None else len(self._buckets.token))
 
 
 def lay_out(
@@ -85,6 +111,7 @@ def lay_out(
     device: torch.device,
     *,
     training: bool,
+    filled: bool = False,
 ) -> PackedBatch:
     """Gather each lane's rows into one batch.
 
@@ -93,24 +120,39 @@ def lay_out(
         lanes: One entry a lane, in the order of the lanes' weights; may have no rows.
         device: Where the batch shall lie.
         training: Make dropout streams.
+        filled: Round lanes and the whole up by filling tokens, see :func:`filled_up`.
     """
     rows = np.concatenate([lane.rows for lane in lanes])
     per_lane = np.array([len(lane.rows) for lane in lanes], dtype=np.int64)
     row_lane = np.repeat(np.arange(len(lanes)), per_lane)
     lengths = split.lengths[rows]
-    ends = np.cumsum(lengths)
-    first = ends - lengths
-    positions = np.arange(int(ends[-1])) - np.repeat(first, lengths)
-    split_tokens = np.repeat(split.offsets[rows], lengths) + positions
-    token_lane = np.repeat(row_lane, lengths)
-    lane_tokens = np.bincount(token_lane, minlength=len(lanes))
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    token_row = np.repeat(np.arange(len(rows)), lengths)
+    lane_tokens = np.bincount(row_lane, lengths, len(lanes)).astype(np.int64)
+    sizes = filled_up(lane_tokens) if filled else lane_tokens
+    shift = (np.cumsum(sizes) - sizes) - (np.cumsum(lane_tokens) - lane_tokens)
+    first = starts + shift[row_lane]
+    real = first[token_row] + positions
+    total = int(sizes.sum())
+
+    def spread(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leave room for the filling tokens, which get 0."""
+        if total == len(values):
+            return values
+        found = np.zeros(total, dtype=np.int64)
+        found[real] = values
+        return found
+
+    split_tokens = split.offsets[rows][token_row] + positions
     streams = row_streams = lane_streams = None
     if training:
         keys = np.array([lane.key for lane in lanes], dtype=np.int64)
         steps = np.array([lane.step for lane in lanes], dtype=np.int64)
-        made = token_keys(keys[token_lane], steps[token_lane], np.repeat(rows, lengths), positions)
-        streams = torch.from_numpy(made).to(device)
-        row_streams = torch.from_numpy(made[first]).to(device)
+        lane_of = row_lane[token_row]
+        made = token_keys(keys[lane_of], steps[lane_of], rows[token_row], positions)
+        streams = torch.from_numpy(spread(made)).to(device)
+        row_streams = torch.from_numpy(made[starts]).to(device)
         none = np.full(len(lanes), -1, dtype=np.int64)
         lane_streams = torch.from_numpy(token_keys(keys, steps, none, none)).to(device)
 
@@ -120,19 +162,44 @@ def lay_out(
     weight = (1.0 / np.maximum(per_lane, 1)).astype(np.float32)
     return PackedBatch(
         split=split,
-        ids=there(split.tokens[split_tokens].astype(np.int64)).unsqueeze(0),
-        positions=there(positions).unsqueeze(0),
+        ids=there(spread(split.tokens[split_tokens].astype(np.int64))).unsqueeze(0),
+        positions=there(spread(positions)).unsqueeze(0),
         labels=there(split.labels[rows]),
-        token_ends=there(np.cumsum(lane_tokens).astype(np.int32)),
+        token_ends=there(np.cumsum(sizes).astype(np.int32)),
         row_ends=there(np.cumsum(per_lane).astype(np.int32)),
-        token_lane=there(token_lane),
+        token_lane=there(np.repeat(np.arange(len(lanes)), sizes)),
         row_lane=there(row_lane),
         first=there(first),
-        row_starts=there(np.append(first, ends[-1])),
+        real=None if total == len(real) else there(real),
         row_weight=there(weight[row_lane]),
-        buckets=make_buckets(lengths, device),
+        lengths=lengths,
         streams=streams,
         row_streams=row_streams,
         lane_streams=lane_streams,
-        split_tokens=there(split_tokens),
+        split_tokens=there(spread(split_tokens)),
     )
+
+
+def filled_up(lane_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Round each lane's tokens up, and then all of them, by at most 1/32 each.
+
+    Sizes that come back are worth more than the few tokens: oneDNN compiles a product anew for
+    each size that it hasn't seen lately, and buffers of ever new sizes fragment the heap until
+    each step asks the kernel for fresh pages. Both took a sixth of a step's time.
+
+    Args:
+        lane_tokens: Tokens of each lane, ``(lanes,)``.
+
+    Returns:
+        Tokens and filling tokens of each lane, ``(lanes,)``; the last one fills up the whole.
+    """
+    sizes = np.array([_rounded_up(count) for count in lane_tokens.tolist()], dtype=np.int64)
+    total = int(sizes.sum())
+    sizes[-1] += _rounded_up(total) - total
+    return sizes
+
+
+def _rounded_up(count: int) -> int:
+    """Round up to a multiple of the largest power of two within a 32nd."""
+    step = 1 << max(0, (count >> 5).bit_length() - 1)
+    return -(-count // step) * step

@@ -19,29 +19,31 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 )
 
 from lorasweep.model.packed_attention import AttentionDropout, Bucket
-from lorasweep.model.packed_dropout import Dropout, kept_scale
+from lorasweep.model.packed_dropout import Dropout
 from lorasweep.model.packed_modules import KeyedDropout, PackedModule
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
 
 
-def carries_disentangled(pack: PackedModel, model: nn.Module) -> str:
+def carries_disentangled(pack: PackedModel, model: nn.Module) -> tuple[str, bool]:
     """Replace DeBERTa-v2's attention where there is any.
 
     Returns:
-        What a pack can't carry of it; empty if nothing.
+        What a pack can't carry of it, empty if nothing; and whether there was any.
     """
+    found = False
     for name, module in list(model.named_modules()):
         if isinstance(module, DebertaV2Encoder):
             if module.conv is not None:
-                return "it has a convolution over neighbouring tokens"
+                return "it has a convolution over neighbouring tokens", True
             # Both would make a matrix of all tokens by all tokens; the rows are known here.
             module.get_attention_mask = lambda mask: mask
             module.get_rel_pos = lambda *_args, **_kwargs: None
         elif isinstance(module, DisentangledSelfAttention):
             model.set_submodule(name, PackedDisentangled(pack, name, module))
-    return ""
+            found = True
+    return "", found
 
 
 class PackedDisentangled(PackedModule):
@@ -105,8 +107,8 @@ class PackedDisentangled(PackedModule):
         streams = self.pack.batch.streams
         if self.training and self.dropout.p > 0 and streams is not None:
             dropout = AttentionDropout(streams, self.pack_key, self.dropout.p)
-            bits = dropout.mask(self.pack.batch.buckets, bucket, self.heads, weights.dtype)
-            weights = Dropout.apply(weights, bits.view(weights.shape), kept_scale(self.dropout.p))
+            mask = dropout.mask(self.pack.batch.buckets, bucket, self.heads)
+            weights = Dropout.apply(weights, mask, dropout.scale)
         return weights
 
     def _positions(

@@ -13,6 +13,7 @@ scaled by the rounded rate, so the expectation is exact.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasweep.core.seeding import derive_seed
+from lorasweep.model.kernels import kernels_for
 
 _WEYL = -7046029254386353131  # 2**64 / golden ratio, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # SplitMix64's multipliers
@@ -120,21 +122,57 @@ def masked(x: Tensor, bits: Tensor) -> Tensor:
     return (x.view(bits.dtype) & bits).view(x.dtype)
 
 
+@dataclass(slots=True)
+class Mask:
+    """What dropout keeps of ``(entries, width)``, worked out when it is applied.
+
+    Attributes:
+        streams: int64, ``(entries,)``.
+        key: From :func:`module_key`.
+        rate: From :func:`rate_byte`: one number, or int16 of each entry, ``(entries, 1)``.
+    """
+
+    streams: Tensor
+    key: int
+    rate: int | Tensor
+    _bits: Tensor | None = None
+
+    def applied(self, x: Tensor, scale: float = 1.0, *, in_place: bool = False) -> Tensor:
+        """Return ``x`` where kept, times ``scale``, and 0 where dropped; no gradient.
+
+        Args:
+            x: ``(entries, width)``, or anything of as many entries of that width.
+            scale: Of what is kept.
+            in_place: Spend ``x`` for the result.
+        """
+        x = x.contiguous()
+        compiled = kernels_for(x)
+        if compiled is not None:
+            # The mask never exists: drawing it again on the way back costs less than memory.
+            out = x if in_place else torch.empty_like(x)
+            compiled.drop(x, self.streams, self.key, self.rate, scale, out)
+            return out
+        width = x.numel() // max(1, self.streams.numel())
+        if self._bits is None:
+            self._bits = kept_bits(self.streams, self.key, width, self.rate, x.dtype)
+        found = masked(x, self._bits.view(x.shape))
+        return found if scale == 1.0 else found.mul_(scale)
+
+
 class Dropout(torch.autograd.Function):
     """``x`` where kept, times the scale; the same for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mask: Mask, scale: float) -> Tensor:
         """Return a tensor like ``x``."""
-        ctx.save_for_backward(bits)
-        ctx.scale = scale
-        return masked(x.contiguous(), bits).mul_(scale)
+        ctx.dropping = mask, scale
+        return mask.applied(x, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Drop the same elements of the gradient."""
-        (bits,) = ctx.saved_tensors
-        return masked(grads[0].contiguous(), bits).mul_(ctx.scale), None, None
+        mask, scale = ctx.dropping
+        return mask.applied(grads[0], scale), None, None
 
 
 def scrambled(state: Tensor, in_place: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
+from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
@@ -120,6 +121,7 @@ class PackedModel:
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self.probe = torch.empty(0, device=device, dtype=dtype)
         self.weights = LaneWeights(device, torch.promote_types(dtype, torch.float32))
         # Buffers such as rotary frequencies keep their precision.
         for parameter in self.model.parameters():
@@ -177,6 +179,11 @@ class PackedModel:
         for name, parameter, _ in trained_parameters(peft_model):
             corner = tuple(slice(n) for n in parameter.shape)
             parameter.data = self.weights.parameter(name).detach()[lane][corner].clone().cpu()
+
+    @property
+    def filled(self) -> bool:
+        """Whether batches should be filled up to sizes that come back; see ``filled_up``."""
+        return not self._disentangled and kernels_for(self.probe) is not None
 
     # -- a pass ------------------------------------------------------------------------
 
@@ -265,7 +272,7 @@ class PackedModel:
                 self.model.set_submodule(name, new)
             module.__dict__["pack"] = self
             module.__dict__["pack_key"] = module_key(f"{name}.weights")
-        unfit = carries_disentangled(self, self.model)
+        unfit, self._disentangled = carries_disentangled(self, self.model)
         if unfit:
             raise refused(self.base, unfit)
         register()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasweep.model.packed_dropout import Dropout, kept_bits, kept_scale, module_key, rate_byte
+from lorasweep.model.packed_dropout import Dropout, Mask, kept_scale, module_key, rate_byte
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class AdaptableLinear(PackedModule):
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         side = side or self.pack.side(flat.shape[0])
-        kept = None
+        mask = None
         if side.rate is not None and side.streams is not None:
-            kept = kept_bits(side.streams, self.pack_key, self.in_features, side.rate, x.dtype)
+            mask = Mask(side.streams, self.pack_key, side.rate)
         y = adapted_linear(
             flat,
             weights.parameter(self.down),
@@ -72,7 +72,7 @@ class AdaptableLinear(PackedModule):
             self.weight,
             self.bias,
             side.scaling,
-            kept,
+            mask,
             side.ends,
         )
         return y.view(*x.shape[:-1], self.out_features)
@@ -135,8 +135,8 @@ class KeyedDropout(PackedModule):
         side = side or self.pack.side(x.numel() // x.shape[-1])
         if side.streams is None:
             return x
-        bits = kept_bits(side.streams, self.pack_key, x.shape[-1], rate_byte(self.p), x.dtype)
-        result: Tensor = Dropout.apply(x, bits.view(x.shape), kept_scale(self.p))
+        mask = Mask(side.streams, self.pack_key, rate_byte(self.p))
+        result: Tensor = Dropout.apply(x, mask, kept_scale(self.p))
         return result
 
 
@@ -152,9 +152,11 @@ def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
 
 def row_means(pack: PackedModel, hidden: Tensor) -> Tensor:
     """Average ``(1, tokens, hidden)`` over the tokens of each row: ``(rows, 1, hidden)``."""
-    starts = pack.batch.row_starts
-    sums = torch.segment_reduce(hidden[0].float(), "sum", offsets=starts, axis=0)
-    return (sums / (starts[1:] - starts[:-1]).unsqueeze(1)).to(hidden.dtype).unsqueeze(1)
+    batch = pack.batch
+    tokens = hidden[0] if batch.real is None else hidden[0].index_select(0, batch.real)
+    lengths = torch.from_numpy(batch.lengths).to(hidden.device)
+    sums = torch.segment_reduce(tokens.float(), "sum", lengths=lengths, axis=0)
+    return (sums / lengths.unsqueeze(1)).to(hidden.dtype).unsqueeze(1)
 
 
 def replace_output(change: Any, pack: PackedModel) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasweep.model.packed_dropout import masked
+from lorasweep.model.packed_dropout import Mask
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -71,31 +71,32 @@ class AdaptedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         scaling: Tensor,
-        kept: Tensor | None,
+        mask: Mask | None,
         ends: Tensor,
     ) -> Tensor:
-        narrow = grouped_product(
-            x if kept is None else masked(x, kept), down.to(x.dtype).transpose(1, 2), ends
-        )
+        dropped = x if mask is None else mask.applied(x)
+        narrow = grouped_product(dropped, down.to(x.dtype).transpose(1, 2), ends)
         narrow = narrow.mul_(scaling)
         y = F.linear(x, weight, bias)
         y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), ends)
-        ctx.save_for_backward(x, down, up, weight, scaling, kept, ends, narrow)
+        ctx.save_for_backward(x, down, up, weight, scaling, ends, narrow)
+        ctx.mask = mask
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        x, down, up, weight, scaling, kept, ends, narrow = ctx.saved_tensors
+        x, down, up, weight, scaling, ends, narrow = ctx.saved_tensors
+        mask: Mask | None = ctx.mask
         grad_up = grouped_outer(grad, narrow, ends).to(up.dtype)
         grad_narrow = grouped_product(grad, up.to(grad.dtype), ends).mul_(scaling)
-        dropped = x if kept is None else masked(x, kept)
+        dropped = x if mask is None else mask.applied(x)
         grad_down = grouped_outer(grad_narrow, dropped, ends).to(down.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grouped_product(grad_narrow, down.to(grad.dtype), ends)
-            if kept is not None:
-                grad_x = masked(grad_x, kept)
+            if mask is not None:
+                grad_x = mask.applied(grad_x, in_place=True)
             grad_x.addmm_(grad, weight)
         return grad_x, grad_down, grad_up, None, None, None, None, None
 
@@ -107,7 +108,7 @@ def adapted_linear(
     weight: Tensor,
     bias: Tensor | None,
     scaling: Tensor,
-    kept: Tensor | None,
+    mask: Mask | None,
     ends: Tensor,
 ) -> Tensor:
     """Apply a frozen linear layer with one LoRA adapter per lane.
@@ -120,14 +121,13 @@ def adapted_linear(
         weight: Of the frozen layer, ``(out, in)``.
         bias: Of the frozen layer, ``(out,)`` or None.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
-        kept: Dropout's mask on the adapter's input, from
-            :func:`lorasweep.model.packed_dropout.kept_bits`; None for no dropout.
+        mask: Dropout on the adapter's input; None for no dropout.
         ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
 
     Returns:
         ``(tokens, out)``.
     """
-    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, kept, ends)
+    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, mask, ends)
     return result
 
 

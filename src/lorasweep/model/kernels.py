@@ -1,0 +1,232 @@
+"""The packed engine's compiled loops, called with torch's tensors.
+
+See ``kernels.c`` for what they do and ``kernel_build.py`` for where they come from. They
+serve float32 and bfloat16 on a CPU; whoever calls has a way in torch for everything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasweep.model.kernel_build import KernelBuildError, built_kernels
+
+_log = logging.getLogger(__name__)
+_SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("first", c_void_p),
+        ("length", c_void_p),
+        ("query_first", c_void_p),
+        ("query_count", c_void_p),
+    ]
+
+
+class _Attending(ctypes.Structure):
+    _fields_ = [
+        ("heads", c_int64),
+        ("width", c_int64),
+        ("scaling", c_float),
+        ("window", c_int64),
+        ("streams", c_void_p),
+        ("key", c_int64),
+        ("rate", c_int32),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where rows lie among tokens, and who asks; int64, ``(rows,)`` each, on the CPU.
+
+    Attributes:
+        first: The token with which each row starts.
+        length: Its tokens.
+        query_first: Where its queries start.
+        query_count: How many of its first tokens ask.
+    """
+
+    first: Tensor
+    length: Tensor
+    query_first: Tensor
+    query_count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """How attention is done.
+
+    Attributes:
+        scaling: Of the scores.
+        window: One more than how far a token sees in either direction; 0 for all.
+        streams: int64, ``(tokens,)``: of each token as a query; None for no dropout.
+        key: Of the dropout.
+        rate: Byte values that drop, of 256.
+    """
+
+    scaling: float
+    window: int = 0
+    streams: Tensor | None = None
+    key: int = 0
+    rate: int = 0
+
+
+class Kernels:
+    """The loaded library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def drop(
+        self, x: Tensor, streams: Tensor, key: int, rate: int | Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Write ``x`` where kept, times ``scale``, and 0 where dropped.
+
+        Args:
+            x: ``(entries, width)``, contiguous.
+            streams: int64, ``(entries,)``.
+            key: Of the module.
+            rate: Byte values that drop, of 256; or int16 of each entry.
+            scale: Of what is kept.
+            out: As ``x``; may be ``x``.
+        """
+        each = rate if isinstance(rate, Tensor) else None
+        self._call("drop", x.dtype)(
+            _at(out),
+            _at(x),
+            c_int64(streams.numel()),
+            c_int64(x.numel() // max(1, streams.numel())),
+            _at(streams),
+            c_int64(key),
+            _at(each),
+            c_int32(0 if isinstance(rate, Tensor) else rate),
+            c_float(scale),
+            c_int(torch.get_num_threads()),
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: RowPlaces, how: Attending
+    ) -> tuple[Tensor, Tensor]:
+        """Attend inside each row.
+
+        Args:
+            query: ``(queries, heads, width)``.
+            key: ``(tokens, heads, width)``.
+            value: As ``key``.
+            rows: Where rows lie.
+            how: Scaling, window, dropout.
+
+        Returns:
+            A tensor like ``query``, and what :meth:`attend_backward` wants: float32,
+            ``(queries, heads)``.
+        """
+        out = torch.zeros(query.shape, dtype=query.dtype)
+        sums = torch.zeros(query.shape[:2], dtype=torch.float32)
+        self._attend("attend", (out, sums), query, key, value, rows, how)
+        return out, sums
+
+    def attend_backward(
+        self,
+        grad: Tensor,
+        sums: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: RowPlaces,
+        how: Attending,
+        key_wanted: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the gradients of query, key (None unless wanted) and value."""
+        found = (
+            torch.zeros(query.shape, dtype=query.dtype),
+            torch.zeros(value.shape, dtype=value.dtype),
+        )
+        of_key = torch.zeros(key.shape, dtype=key.dtype) if key_wanted else None
+        arrays = (found[0], of_key, found[1], grad.contiguous(), sums)
+        self._attend("attend_backward", arrays, query, key, value, rows, how)
+        return found[0], of_key, found[1]
+
+    def _attend(
+        self,
+        name: str,
+        arrays: tuple[Tensor | None, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: RowPlaces,
+        how: Attending,
+    ) -> None:
+        inputs = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value)]
+        strides = (c_int64 * 6)(*(x.stride(axis) for x in inputs for axis in (0, 1)))
+        places = (rows.first, rows.length, rows.query_first, rows.query_count)
+        laid = _Rows(len(rows.first), *map(_at, places))
+        asked = _Attending(
+            query.shape[1],
+            query.shape[2],
+            how.scaling,
+            how.window,
+            _at(how.streams),
+            how.key,
+            how.rate,
+        )
+        done = self._call(name, query.dtype)(
+            *map(_at, arrays),
+            *map(_at, inputs),
+            strides,
+            ctypes.byref(laid),
+            ctypes.byref(asked),
+            c_int(torch.get_num_threads()),
+        )
+        if not done:
+            raise MemoryError(f"no memory for attention over rows of {int(rows.length.max())}")
+
+    def _call(self, name: str, dtype: torch.dtype) -> Any:
+        return getattr(self._library, f"{name}_{_SUFFIX[dtype]}")
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """Return the kernels if they serve such a tensor and there are any."""
+    if x.device.type != "cpu" or x.dtype not in _SUFFIX:
+        return None
+    return loaded_kernels()
+
+
+@cache
+def loaded_kernels() -> Kernels | None:
+    """Load the kernels, compiled before or now; None, with a line in the log, without them."""
+    before = _openmp_libraries()
+    try:
+        kernels = Kernels(built_kernels())
+    except (KernelBuildError, OSError) as error:
+        _log.info("no compiled kernels: %s; the packed engine uses torch's operations", error)
+        return None
+    # Two of these would each keep a thread spinning on every core.
+    if added := _openmp_libraries() - before:
+        _log.info("no compiled kernels: they would bring a second OpenMP, %s", added.pop())
+        return None
+    return kernels
+
+
+def _openmp_libraries() -> set[str]:
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if _linux() else []
+    return {
+        line.split()[-1] for line in lines if any(name in line for name in ("libgomp", "libomp"))
+    }
+
+
+def _linux() -> bool:
+    return Path("/proc/self/maps").exists()
+
+
+def _at(tensor: Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())

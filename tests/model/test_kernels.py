@@ -1,0 +1,146 @@
+"""The compiled loops do what torch's operations do, and their absence is no failure."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.model import kernel_build, kernels
+from lorasweep.model.kernel_build import KernelBuildError, built_kernels
+from lorasweep.model.kernels import RowPlaces, kernels_for, loaded_kernels
+from lorasweep.model.packed_attention import (
+    AttentionDropout,
+    CompiledAttention,
+    RowAttention,
+    make_buckets,
+)
+from lorasweep.model.packed_dropout import Mask, kept_bits, masked
+
+LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17])
+TOKENS = int(LENGTHS.sum())
+# bfloat16 keeps 8 bits: the plain path rounds scores and weights to it, the compiled one doesn't.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+
+
+def test_this_machine_has_compiled_kernels():
+    assert loaded_kernels() is not None
+    assert kernels_for(torch.zeros(1)) is loaded_kernels()
+    assert kernels_for(torch.zeros(1, dtype=torch.float64)) is None
+    assert kernels_for(torch.zeros(1, device="meta")) is None
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [5, 8, 37, 384])
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_drop_keeps_bit_by_bit_what_the_definition_keeps(dtype, width, scale):
+    x = torch.randn(50, width).to(dtype)
+    x[3] = torch.nan
+    streams = torch.arange(50) * 7919 - 5
+    rates = torch.arange(50, dtype=torch.int16).unsqueeze(1) * 5
+    for rate in (40, rates):
+        expected = masked(x, kept_bits(streams, 9, width, rate, dtype)).mul_(scale)
+        mask = Mask(streams, 9, rate)
+        found = mask.applied(x, scale)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        spent = x.clone()
+        assert mask.applied(spent, scale, in_place=True) is spent
+        torch.testing.assert_close(spent, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def places(first_only: bool) -> RowPlaces:
+    first, length = torch.from_numpy(np.cumsum(LENGTHS) - LENGTHS), torch.from_numpy(LENGTHS)
+    if first_only:
+        return RowPlaces(first, length, torch.arange(len(LENGTHS)), torch.ones_like(length))
+    return RowPlaces(first, length, first, length)
+
+
+def inputs(first_only: bool, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key and value, ``(tokens, 3, width)`` as views of one wide product."""
+    made = torch.randn(TOKENS, 3, 3, width, generator=torch.Generator().manual_seed(1))
+    query, key, value = made.to(dtype).unbind(1)
+    if first_only:
+        query = query[places(True).first]
+    return [x.detach().requires_grad_() for x in (query, key, value)]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("width", "rate"), [(8, 0.0), (32, 0.3), (20, 0.1)])
+def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, window, width, rate):
+    dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
+    given = inputs(first_only, width, dtype)
+    buckets = make_buckets(LENGTHS, torch.device("cpu"))
+    plain = RowAttention.apply(*given, 0.5, buckets, dropout, window)
+    compiled = CompiledAttention.apply(*given, 0.5, places(first_only), dropout, window)
+    upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for expected, found in zip(
+        (plain, *torch.autograd.grad(plain, given, upstream)),
+        (compiled, *torch.autograd.grad(compiled, given, upstream)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_nan_stays_in_its_row():
+    given = inputs(False, 8, torch.float32)
+    clean = CompiledAttention.apply(*given, 0.5, places(False), None, None)
+    with torch.no_grad():
+        given[1][10] = torch.nan  # in the third row, tokens 8 to 33
+    found = CompiledAttention.apply(*given, 0.5, places(False), None, None)
+    gradients = torch.autograd.grad(found, given, torch.ones_like(found))
+    outside = torch.ones(TOKENS, dtype=torch.bool)
+    outside[8:34] = False
+    assert torch.equal(found[outside], clean[outside])
+    assert found[8:34].isnan().all()
+    for gradient in gradients:
+        assert gradient[outside].isfinite().all()
+
+
+def test_the_gradient_of_keys_is_left_out_where_nobody_asks():
+    query, key, value = inputs(False, 8, torch.float32)
+    out = CompiledAttention.apply(query, key.detach(), value, 0.5, places(False), None, None)
+    found = torch.autograd.grad(out.sum(), (query, value))
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+def test_a_second_build_is_taken_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = built_kernels()
+    assert first.parent == tmp_path / "lorasweep"
+    before = first.stat().st_mtime_ns
+    assert built_kernels() == first
+    assert first.stat().st_mtime_ns == before
+    assert sorted(path.name for path in first.parent.iterdir()) == [first.name]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"LORASWEEP_KERNELS": "0"}, "LORASWEEP_KERNELS=0 switches them off"),
+        ({"CC": "", "PATH": ""}, "no C compiler"),
+        ({"CC": "/nowhere/cc"}, "could not be run"),
+        ({"CC": "false"}, "failed"),
+    ],
+)
+def test_without_a_compiler_there_is_a_reason_and_torch_goes_on(
+    environment, said, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KernelBuildError, match=said):
+        built_kernels()
+    loaded = loaded_kernels.__wrapped__
+    with caplog.at_level(logging.INFO, logger=kernels.__name__):
+        assert loaded() is None
+    assert said in caplog.text
+
+
+def test_other_processors_are_not_tried(monkeypatch):
+    monkeypatch.setattr(kernel_build.platform, "machine", lambda: "riscv64")
+    with pytest.raises(KernelBuildError, match="not tried on Linux riscv64"):
+        built_kernels()
