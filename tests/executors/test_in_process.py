@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,7 +90,10 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     engine, why = choose_engine(prepared(small_sweep, "engine=trainer"))
     assert (type(engine), why) == (TrainerEngine, "trainer")
     engine, why = choose_engine(prepared(small_sweep, "engine=packed", "lanes=3"))
-    assert (type(engine), why) == (PackedEngine, "packed, 3 lanes")
+    assert type(engine) is PackedEngine
+    # What a lane takes is measured also where the spec says how many there are.
+    assert re.fullmatch(r"packed, 3 lanes, about \d+(\.\d)? MiB each", why)
+    assert engine.use.bytes_per_lane > 10_000
 
 
 def test_auto_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
@@ -119,4 +123,20 @@ def test_a_sampler_that_learns_is_left_something_to_learn(small_sweep, overrides
 
 def test_auto_lanes_keep_to_that(small_sweep):
     engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=6"))
-    assert (type(engine), why) == (PackedEngine, "packed, 2 lanes")
+    assert type(engine) is PackedEngine
+    assert why.startswith("packed, 2 lanes, about ")
+
+
+def test_lanes_that_do_not_fit_alone_are_said_without_their_size(small_sweep, monkeypatch):
+    def full(self, batch, *, training):
+        raise MemoryError
+
+    ready = prepared(small_sweep, "engine=packed", "lanes=2")
+    make = PackedEngine.__init__
+
+    def make_then_fill(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        monkeypatch.setattr(type(self.model), "forward", full)
+
+    monkeypatch.setattr(PackedEngine, "__init__", make_then_fill)
+    assert choose_engine(ready)[1] == "packed, 2 lanes"
