@@ -41,9 +41,7 @@ STEPS = 15
 
 @pytest.fixture(scope="module")
 def tokens_of(real_data: Path) -> Callable[[str], list[list[int]]]:
-    tokenizer = open_base(
-        ModelSpec(name="embedded/minilm", max_length=512), ("no", "yes")
-    ).tokenizer
+    minilm = open_base(ModelSpec(name="embedded/minilm", max_length=512), ("no", "yes"))
     made: dict[str, list[list[int]]] = {}
 
     def make(corpus: str) -> list[list[int]]:
