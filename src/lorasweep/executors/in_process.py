@@ -112,7 +112,7 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
         return TrainerEngine(*parts), "trainer"
     most = useful_lanes(spec)
     if spec.engine == "auto" and most == 1:
-        return TrainerEngine(*parts), "trainer (too few trials to train any at once)"
+        return TrainerEngine(*parts), f"trainer ({_why_one_lane(spec)})"
     try:
         packed = PackedEngine(*parts, lanes=spec.lanes, most=most)
         return packed, _pack_in_words(packed)
@@ -124,13 +124,24 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
 
 def _pack_in_words(packed: PackedEngine) -> str:
     """``packed, 8 lanes, about 143 MiB each``; measured here where the spec fixes the number."""
-    told = f"packed, {packed.capacity} lanes"
+    lanes = packed.capacity
+    told = f"packed, {lanes} lane{'' if lanes == 1 else 's'}"
     use = packed.use
     if use.bytes_per_lane is None:
         use.bytes_per_lane = lane_bytes(packed.model, packed.base, packed.train, packed.device)
     if use.bytes_per_lane is None:
         return told
     return f"{told}, about {in_mebibytes(use.bytes_per_lane)} each"
+
+
+def _why_one_lane(spec: Spec) -> str:
+    """Why a pack would train one trial at a time, and so is no use."""
+    if spec.lanes == 1:
+        return "the spec says lanes: 1"
+    trials, kind = spec.search.trials, spec.search.sampler.kind
+    if trials == 1:
+        return "there is only one trial"
+    return f"{trials} trials are too few to train any at once: {kind} learns from each"
 
 
 def useful_lanes(spec: Spec) -> int:
