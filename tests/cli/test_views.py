@@ -84,6 +84,24 @@ def test_the_live_view_ends_with_a_row_a_trial_and_the_best(capsys, monkeypatch)
     assert "2 of 5 trials" in err
 
 
+def test_the_live_view_names_the_lane_of_a_trial_while_it_trains(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "40")
+    view = LiveView()
+    view.show(SweepStarted("s", "f1", 5, (), "packed, 2 lanes, about 143 MiB each"))
+    for number, lane in ((3, 0), (4, 1)):
+        view.show(TrialStarted(number, POINT, 2))
+        view.show(TrialReady(number, TrialFacts(10, 100, 40, lane=lane)))
+    view.show(TrialEnded(RECORD, RECORD))
+    view.close()
+    last = capsys.readouterr().err.splitlines()
+    (ended,) = (line for line in last if "✓ 0003" in line)
+    (running,) = (line for line in last if "▸ 0004" in line)
+    assert "lane" not in ended
+    assert "lane 1" in running
+    assert "packed, 2 lanes, about 143 MiB each" in "".join(last)
+
+
 def test_json_events_are_strict(capsys):
     import json
 

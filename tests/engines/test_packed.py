@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,18 +16,15 @@ from lorasweep.core.records import (
     EncodedSplit,
     EngineSettings,
     EpochEvaluation,
-    Outcome,
     StepReport,
     TrialFacts,
     TrialPlan,
     TrialState,
     Verdict,
 )
-from lorasweep.core.seeding import derive_seed
 from lorasweep.engines import packed as packed_module
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
-from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 
@@ -308,70 +302,3 @@ def test_the_plans_come_one_by_one_and_an_interrupt_goes_through(kind, engine, p
             run(engine(2), plans())
     else:
         assert len(run(engine(2), plans()).losses) == 2
-
-
-def test_with_dropout_the_mean_over_seeds_agrees_with_the_trainers(base, plan):
-    """Two one-sided tests (Schuirmann 1987): the difference of means is shown to be small.
-
-    The engines draw different masks, so single trials differ; pairs share head, adapter and
-    order. Equivalence within 0.05 of the loss is claimed at the 5 % level.
-    """
-    train, validation = split_of(base, 40, 1), split_of(base, 20, 2)
-    plans = [plan(n, epochs=3, adapter=AdapterPlan(4, 8.0, 0.3)) for n in range(10)]
-    packed = run(PackedEngine(base, train, validation, SETTINGS, 5), plans)
-    alone = Recorder()
-    outcomes: list[Outcome] = list(
-        TrainerEngine(base, train, validation, SETTINGS).run(plans, alone)
-    )
-    assert {outcome.state for outcome in outcomes} == {TrialState.COMPLETED}
-    differences = np.array(
-        [np.mean(packed.losses[n]) - np.mean(alone.losses[n]) for n in range(10)]
-    )
-    assert (differences != 0).all()
-    margin, t_95 = 0.05, 1.833  # Student's t, 9 degrees of freedom, one-sided
-    reach = abs(differences.mean()) + t_95 * differences.std(ddof=1) / math.sqrt(10)
-    assert reach < margin
-
-
-def real_split(path: Path, text: str, tokenizer: object, rows: int) -> EncodedSplit:
-    with path.open(newline="", encoding="utf-8") as stream:
-        texts = [row[text] for _, row in zip(range(rows), csv.DictReader(stream), strict=False)]
-    ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
-    return EncodedSplit(
-        name="real",
-        tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in ids]),
-        offsets=np.cumsum([0, *map(len, ids)]).astype(np.int64),
-        labels=np.arange(len(ids)) % 2,
-    )
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("file", "column", "rows"),
-    [("sst2/glue_train.csv", "sentence", 20_000), ("imdb/imdb_train_2k.csv", "text", 2_000)],
-)
-def test_nine_tokens_in_ten_are_real_in_fit_and_evaluation(file, column, rows, real_data, plan):
-    """Counted where most padding can be: in attention, at batch 16, with eight mixed lanes."""
-    from lorasweep.engines.packing import Progress, length_batches
-    from lorasweep.model.packed_batch import LaneRows, lay_out
-
-    minilm = open_base(ModelSpec(name="embedded/minilm", max_length=256), ("no", "yes"))
-    split = real_split(real_data / file, column, minilm.tokenizer, rows)
-    lanes = [Progress(plan(n, batch_size=16, seed=derive_seed(n)), split.lengths) for n in range(8)]
-    for number, lane in enumerate(lanes):
-        lane.step = 7 * number
-    fit = []
-    for _ in range(40):
-        entries = [LaneRows(lane.next_rows()) for lane in lanes]
-        fit.append(lay_out(split, entries, torch.device("cpu"), training=False))
-        for lane in lanes:
-            lane.step += 1
-    scored = [
-        lay_out(split, [LaneRows(rows)], torch.device("cpu"), training=False)
-        for rows in length_batches(split, 64)
-    ]
-    for batches in (fit, scored):
-        real = sum(batch.tokens for batch in batches)
-        assert real / sum(batch.attended for batch in batches) >= 0.9
-        # Everything but attention computes no padding at all.
-        assert all(batch.ids.numel() == batch.tokens for batch in batches)

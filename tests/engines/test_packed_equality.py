@@ -99,8 +99,18 @@ def plans(tmp_path: Path) -> list[TrialPlan]:
     changes = (
         {},
         {"adapter": AdapterPlan(8, 4.0), "batch_size": 4, "epochs": 3, "scheduler": "cosine"},
-        {"adapter": AdapterPlan(1, 4.0, targets=("all-linear",)), "weight_decay": 0.3},
-        {"adapter": AdapterPlan(16, 16.0, top_layers=1), "max_grad_norm": 0.05, "epochs": 6},
+        {
+            "adapter": AdapterPlan(1, 4.0, targets=("all-linear",)),
+            "weight_decay": 0.3,
+            "warmup": 0.0,
+        },
+        {
+            "adapter": AdapterPlan(16, 16.0, top_layers=1),
+            "max_grad_norm": 0.05,
+            "epochs": 6,
+            "scheduler": "constant_with_warmup",
+            "warmup": 0.5,
+        },
         {"learning_rate": 5e-4, "batch_size": 5, "scheduler": "constant", "max_grad_norm": 0.0},
     )
     return [
@@ -166,3 +176,26 @@ def test_every_trial_of_a_mixed_pack_equals_a_trainer_of_its_own(architecture, o
         np.testing.assert_allclose(
             reloaded[plan.number], packed.epochs[plan.number][-1].logits, rtol=0, atol=1e-5
         )
+
+
+def test_the_embedded_minilm_with_three_labels_equals_a_trainer_too(plans):
+    """Real weights, and a head of another width; few steps, since it is no tiny model."""
+    base = open_base(
+        ModelSpec(name="embedded/minilm", max_length=64, base_dropout=0.0), ("bad", "so so", "good")
+    )
+    train, validation = (random_split(base, name, 32, seed) for seed, name in enumerate("tv"))
+    train, validation = (
+        dataclasses.replace(split, labels=np.arange(32, dtype=np.int64) % 3)
+        for split in (train, validation)
+    )
+    chosen = [dataclasses.replace(plan, epochs=1, learning_rate=5e-4) for plan in plans[:3]]
+    packed = run(PackedEngine(base, train, validation, SETTINGS, 3), chosen)
+    alone = run(TrainerEngine(base, train, validation, SETTINGS), chosen)
+    for plan in chosen:
+        ours, theirs = (
+            [report.loss for report in found.steps[plan.number]] for found in (packed, alone)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=LOSSES, strict=True)
+        (mine,), (its,) = packed.epochs[plan.number], alone.epochs[plan.number]
+        assert mine.logits.shape == (32, 3)
+        np.testing.assert_allclose(mine.logits, its.logits, rtol=0, atol=LOGITS)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,17 +90,24 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     engine, why = choose_engine(prepared(small_sweep, "engine=trainer"))
     assert (type(engine), why) == (TrainerEngine, "trainer")
     engine, why = choose_engine(prepared(small_sweep, "engine=packed", "lanes=3"))
-    assert (type(engine), why) == (PackedEngine, "packed, 3 lanes")
+    assert type(engine) is PackedEngine
+    # What a lane takes is measured also where the spec says how many there are.
+    assert re.fullmatch(r"packed, 3 lanes, about \d+(\.\d)? MiB each", why)
+    assert engine.use.bytes_per_lane > 10_000
 
 
 def test_auto_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
-    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=1"))
-    assert type(engine) is TrainerEngine
-    assert "too few trials" in why
+    for overrides, reason in (
+        (["search.trials=1"], "trainer (there is only one trial)"),
+        (["lanes=1", "search.trials=30"], "trainer (the spec says lanes: 1)"),
+        ([], "trainer (3 trials are too few to train any at once: tpe learns from each)"),
+    ):
+        engine, why = choose_engine(prepared(small_sweep, "engine=auto", *overrides))
+        assert (type(engine), why) == (TrainerEngine, reason)
     xlnet = f"model.name={tiny_base_folder('xlnet')}"
     engine, why = choose_engine(prepared(small_sweep, "engine=auto", "lanes=2", xlnet))
     assert type(engine) is TrainerEngine
-    assert "xlnet" in why
+    assert re.fullmatch(r"trainer \(the packed engine can't carry this xlnet: .+\)", why)
     with pytest.raises(ModelError):
         choose_engine(prepared(small_sweep, "engine=packed", xlnet))
 
@@ -119,4 +127,26 @@ def test_a_sampler_that_learns_is_left_something_to_learn(small_sweep, overrides
 
 def test_auto_lanes_keep_to_that(small_sweep):
     engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=6"))
-    assert (type(engine), why) == (PackedEngine, "packed, 2 lanes")
+    assert type(engine) is PackedEngine
+    assert why.startswith("packed, 2 lanes, about ")
+
+
+def test_the_spec_may_ask_for_a_pack_of_one(small_sweep):
+    engine, why = choose_engine(prepared(small_sweep, "engine=packed", "lanes=1"))
+    assert type(engine) is PackedEngine
+    assert why.startswith("packed, 1 lane, about ")
+
+
+def test_lanes_that_do_not_fit_alone_are_said_without_their_size(small_sweep, monkeypatch):
+    def full(self, batch, *, training):
+        raise MemoryError
+
+    ready = prepared(small_sweep, "engine=packed", "lanes=2")
+    make = PackedEngine.__init__
+
+    def make_then_fill(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        monkeypatch.setattr(type(self.model), "forward", full)
+
+    monkeypatch.setattr(PackedEngine, "__init__", make_then_fill)
+    assert choose_engine(ready)[1] == "packed, 2 lanes"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from lorasweep.core.engine_use import EngineUse
 from lorasweep.core.errors import DataError
 from lorasweep.core.records import Predictions
 from lorasweep.report.collect import collect
@@ -160,8 +161,25 @@ def test_numbers_that_are_not_finite_become_null(make_sweep) -> None:  # type: i
     assert found["hyperparameter_experiments"][0]["final_metrics"] == {
         "accuracy": 0.5, "f1": None, "loss": None,
     }  # fmt: skip
-    assert found["environment"] == {"path": "x", "3": 0.5}
+    assert found["environment"] == {"path": "x", "3": 0.5, "engine": []}
     assert validator().is_valid(found)
+
+
+def test_how_each_command_trained_is_there(make_sweep) -> None:  # type: ignore[no-untyped-def]
+    uses = (
+        EngineUse("packed, 4 lanes", 7, 4, 0, 10**8, 50, 150, 50, 900, 1000),
+        EngineUse("trainer (too few trials to train any at once)", 1, 1),
+    )
+    found = document(make_sweep(engine_uses=uses))
+    assert validator().is_valid(found)
+    packed, alone = found["environment"]["engine"]
+    assert (packed["busy_share"], packed["real_token_share"]) == (0.75, 0.9)
+    assert (packed["trials_at_once"], packed["bytes_per_lane"]) == (3, 10**8)
+    assert alone["engine"] == uses[1].engine
+    assert alone["bytes_per_lane"] is alone["busy_share"] is None
+    assert found["environment"]["git_commit"] == "0123abc"
+    del packed["bytes_per_lane"]
+    assert not validator().is_valid(found)
 
 
 def test_an_underflowing_p_value_is_no_zero(make_sweep) -> None:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep.core.engine_use import EngineUse
 from lorasweep.core.errors import InputError, StorageError
 from lorasweep.evaluation.predictions import read_predictions
 from lorasweep.report import plots, write
@@ -204,3 +205,14 @@ def test_the_model_card_has_a_head_scores_and_limits(make_sweep, tmp_path: Path)
     assert "| tfidf | 0." in body
     assert "9 of 200 validation texts" in body
     assert "| num\\_train\\_epochs | 2 |" in body
+
+
+def test_the_page_says_how_the_trials_were_trained(make_sweep) -> None:  # type: ignore[no-untyped-def]
+    uses = (
+        EngineUse("packed, 4 lanes", 7, 4, 2, 150_000_000, 50, 150, 50, 900, 1000),
+        EngineUse("trainer (<b>why</b>)", 1, 1),
+    )
+    text = written_page(make_sweep(engine_uses=uses)).text
+    assert "packed, 4 lanes 7 4 3.0 75.0% 90.0% 143 MiB 2" in text
+    assert "trainer (<b>why</b>) 1 1 – – – – –" in text
+    assert "How the trials were trained" not in written_page(make_sweep()).text

@@ -10,6 +10,7 @@
         spec.yaml                     the resolved spec
         lock                          held while a sweep runs
         trials/0005/                  adapter/ of the best epoch, and what the engine leaves
+        engine.jsonl                  how each command trained: lanes, memory, real tokens
         test/                         predictions of the finalists; the ledger of openings
         report/                       fine_tuning_results.json, figures, index.html
 """
@@ -57,6 +58,10 @@ class SweepPaths:
     @property
     def lock(self) -> Path:
         return self.sweep / "lock"
+
+    @property
+    def engine(self) -> Path:
+        return self.sweep / "engine.jsonl"
 
     @property
     def test(self) -> Path:

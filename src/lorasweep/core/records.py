@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasweep.core.engine_use import EngineUse
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -441,6 +443,7 @@ class FinishedSweep:
             trial number, reason. More than one weakens the conclusion, and is said.
         history: Validation scores of every trial by epoch: number -> ``((epoch, score), …)``.
         environment: Versions, machine, git commit.
+        engine_uses: How each command trained, the first one first.
         tracking: ``uri``, ``experiment``, ``run_id`` of the parent run.
     """
 
@@ -461,6 +464,7 @@ class FinishedSweep:
     history: Mapping[int, tuple[tuple[int, float], ...]]
     environment: Mapping[str, Any]
     tracking: Mapping[str, str]
+    engine_uses: tuple[EngineUse, ...] = ()
 
 
 JsonValue = Any  # what json.dumps takes; mypy has no good recursive word for it

@@ -9,6 +9,17 @@ import psutil
 import torch
 from torch import Tensor
 
+from lorasweep.core.records import AdapterPlan, EncodedSplit
+from lorasweep.engines.packing import length_batches
+from lorasweep.model.adapter import attach
+from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.packed_batch import LaneRows, lay_out
+from lorasweep.model.packed_lora import LaneSettings, PackedModel
+
+# What a lane is measured with; a larger batch or rank takes more.
+_PROBE_ROWS = 16
+_PROBE_PLAN = AdapterPlan(rank=16, alpha=16.0, dropout=0.1)
+
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
@@ -43,6 +54,36 @@ def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         forward()
     return 2 * sum(kept.values())
+
+
+def lane_bytes(
+    model: PackedModel, base: Base, train: EncodedSplit, device: torch.device
+) -> int | None:
+    """Measure what one more lane takes: a step at the longest rows, weights and moments.
+
+    Args:
+        model: A pack without lanes; it has none again afterwards.
+        base: What it carries.
+        train: Where the rows are from.
+        device: Where the pack computes.
+
+    Returns:
+        Bytes; None where not even one lane fits.
+    """
+    probe = attach(fresh_classifier(base, 0), _PROBE_PLAN, 0)
+    model.add_lane(probe, LaneSettings(_PROBE_PLAN.scaling, _PROBE_PLAN.dropout))
+    rows = length_batches(train, _PROBE_ROWS)[0]
+    batch = lay_out(train, [LaneRows(rows)], device, training=True)
+    try:
+        step = saved_bytes(lambda: model.forward(batch, training=True).sum(), device)
+        # Weights, gradients and both moments come on top.
+        return step + 4 * model.weights.weights.nbytes
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        model.keep_lanes([])
 
 
 def is_out_of_memory(error: Any) -> bool:

@@ -11,17 +11,21 @@ from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
+from lorasweep.core.engine_use import in_mebibytes
 from lorasweep.core.errors import ConflictError, ModelError, NothingToReportError, Problem
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
 from lorasweep.core.records import FinishedSweep
+from lorasweep.engines.engine_use import use_of
+from lorasweep.engines.lane_memory import lane_bytes
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
 from lorasweep.spec.schema import Spec
+from lorasweep.sweep import engine_ledger
 from lorasweep.sweep.conclude import conclude
-from lorasweep.sweep.events import Listener, Warned, nobody
+from lorasweep.sweep.events import Listener, Said, Warned, nobody
 from lorasweep.sweep.prepare import Prepared, check_storage, prepare
 from lorasweep.sweep.worker import SweepResult, Worker, parent_run
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
@@ -65,10 +69,22 @@ def open_sweep(spec: Spec, listener: Listener = nobody) -> Iterator[OpenSweep]:
 
 
 def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
-    """Carry the sweep on to its total."""
+    """Carry the sweep on to its total, and keep how it was trained."""
     engine, reason = choose_engine(sweep.prepared)
     worker = Worker(sweep.prepared, engine, reason, sweep.study, sweep.tracker, listener)
-    return worker.run()
+    known = len(sweep.study.records())
+    try:
+        result = worker.run()
+    finally:
+        # Also of a command that is cut off here: a report speaks of all that trained.
+        use = use_of(engine, reason, len(sweep.study.records()) - known)
+        if use.trials:
+            engine_ledger.keep(sweep.prepared.paths.engine, use)
+    if use.trials:
+        sweep.tracker.log_metrics(result.run_id, engine_ledger.metrics(use), step=0)
+        if told := engine_ledger.sentence(use):
+            listener(Said(told))
+    return result
 
 
 def finish(sweep: OpenSweep, listener: Listener = nobody) -> FinishedSweep:
@@ -96,14 +112,36 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
         return TrainerEngine(*parts), "trainer"
     most = useful_lanes(spec)
     if spec.engine == "auto" and most == 1:
-        return TrainerEngine(*parts), "trainer (too few trials to train any at once)"
+        return TrainerEngine(*parts), f"trainer ({_why_one_lane(spec)})"
     try:
         packed = PackedEngine(*parts, lanes=spec.lanes, most=most)
-        return packed, f"packed, {packed.capacity} lanes"
+        return packed, _pack_in_words(packed)
     except ModelError as error:
         if spec.engine == "packed":
             raise
         return TrainerEngine(*parts), f"trainer ({error.problems[0].what})"
+
+
+def _pack_in_words(packed: PackedEngine) -> str:
+    """``packed, 8 lanes, about 143 MiB each``; measured here where the spec fixes the number."""
+    lanes = packed.capacity
+    told = f"packed, {lanes} lane{'' if lanes == 1 else 's'}"
+    use = packed.use
+    if use.bytes_per_lane is None:
+        use.bytes_per_lane = lane_bytes(packed.model, packed.base, packed.train, packed.device)
+    if use.bytes_per_lane is None:
+        return told
+    return f"{told}, about {in_mebibytes(use.bytes_per_lane)} each"
+
+
+def _why_one_lane(spec: Spec) -> str:
+    """Why a pack would train one trial at a time, and so is no use."""
+    if spec.lanes == 1:
+        return "the spec says lanes: 1"
+    trials, kind = spec.search.trials, spec.search.sampler.kind
+    if trials == 1:
+        return "there is only one trial"
+    return f"{trials} trials are too few to train any at once: {kind} learns from each"
 
 
 def useful_lanes(spec: Spec) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lorasweep.core.engine_use import in_mebibytes
 from lorasweep.core.records import TrialRecord, TrialState
 from lorasweep.evaluation.significance import format_p
 from lorasweep.report.findings import Findings, Sample
@@ -63,6 +64,7 @@ def environment() -> Environment:
         "signed": lambda value: f"{value:+.4f}",
         "whole": lambda value: f"{value:,}",
         "value": _value,
+        "mebibytes": in_mebibytes,
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
     }
     return found

@@ -57,7 +57,7 @@ def results(findings: Findings, predictions_file: str | None) -> dict[str, JsonV
             "leakage": [asdict(one) | {"share": one.share} for one in sweep.corpus.leakage],
         },
         "test_set_openings": sweep.openings,
-        "environment": sweep.environment,
+        "environment": dict(sweep.environment) | {"engine": _engine(findings)},
         "tracking": sweep.tracking,
         "provenance": _provenance(findings),
         "spec": sweep.spec,
@@ -244,6 +244,18 @@ def _provenance(findings: Findings) -> dict[str, Any]:
         "git_commit": sweep.environment.get("git_commit"),
         "seeds": dict(sweep.seeds),
     }
+
+
+def _engine(findings: Findings) -> list[dict[str, Any]]:
+    return [
+        asdict(use)
+        | {
+            "trials_at_once": use.trials_at_once,
+            "busy_share": use.busy_share,
+            "real_token_share": use.real_share,
+        }
+        for use in findings.sweep.engine_uses
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from lorasweep.core.errors import NothingToReportError, Problem, StorageError
 from lorasweep.core.records import FinishedSweep, TrialRecord
 from lorasweep.model.checkpoint import load_finetuned, merge
 from lorasweep.search.study import Study
+from lorasweep.sweep.engine_ledger import kept
 from lorasweep.sweep.events import Listener, Said
 from lorasweep.sweep.finalists import Finalists, adapter_exists
 from lorasweep.sweep.prepare import Prepared, to_be_shown
@@ -75,6 +76,7 @@ def conclude(
         openings=finalists.openings,
         history={record.number: study.history(record.number) for record in study.records()},
         environment=describe(),
+        engine_uses=kept(prepared.paths.engine),
         tracking={"uri": redacted(tracker.uri), "experiment": tracker.experiment, "run_id": parent},
     )
 

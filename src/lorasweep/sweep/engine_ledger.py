@@ -1,0 +1,73 @@
+"""How each command of a sweep trained: one line a command, kept until the report is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from lorasweep.core.engine_use import EngineUse, in_mebibytes
+from lorasweep.core.errors import Problem, StorageError
+
+
+def keep(ledger: Path, use: EngineUse) -> None:
+    """Append what a command did.
+
+    Args:
+        ledger: The sweep's ``engine.jsonl``; made when it isn't there.
+        use: What was done.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    try:
+        # Written anew and put in place, so that a kill leaves no half a line behind.
+        writing = ledger.with_name(f".{ledger.name}.partial")
+        lines = [json.dumps(asdict(one)) + "\n" for one in (*kept(ledger), use)]
+        writing.write_text("".join(lines), encoding="utf-8")
+        writing.replace(ledger)
+    except OSError as error:
+        what = f"can't be written: {error.strerror or error}"
+        raise StorageError(Problem(str(ledger), what, "Free space and run it again.")) from None
+
+
+def kept(ledger: Path) -> tuple[EngineUse, ...]:
+    """What earlier commands did, the first one first; keys of other versions are passed over."""
+    if not ledger.exists():
+        return ()
+    known = {field.name for field in fields(EngineUse)}
+    lines = ledger.read_text(encoding="utf-8").splitlines()
+    return tuple(
+        EngineUse(**{key: value for key, value in json.loads(line).items() if key in known})
+        for line in lines
+        if line.strip()
+    )
+
+
+def metrics(use: EngineUse) -> dict[str, float]:
+    """The numbers that a sweep's own run shows; none that the engine has no word for."""
+    found = {
+        "engine/lanes": use.lanes,
+        "engine/trials_at_once": use.trials_at_once,
+        "engine/busy_share": use.busy_share,
+        "engine/real_token_share": use.real_share,
+        "engine/halvings": use.halvings,
+        "engine/bytes_per_lane": use.bytes_per_lane,
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def sentence(use: EngineUse) -> str:
+    """What a pack did, for people; empty where there was none."""
+    at_once, busy, real = use.trials_at_once, use.busy_share, use.real_share
+    if at_once is None or busy is None or real is None:
+        return ""
+    told = (
+        f"The pack trained {at_once:.1f} trials at a time; {busy:.0%} of its places were busy "
+        f"while trials remained; {real:.0%} of the tokens computed were real"
+    )
+    if use.bytes_per_lane is not None:
+        told += f"; one more lane would take about {in_mebibytes(use.bytes_per_lane)}"
+    if use.halvings:
+        told += f"; memory ran out and the lanes were halved, {use.halvings} ×"
+    return f"{told}."

@@ -1,0 +1,104 @@
+"""What one more lane takes, whether the lanes were measured or fixed."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.core.records import AdapterPlan, EncodedSplit, EngineSettings
+from lorasweep.engines.engine_use import use_of
+from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
+from lorasweep.engines.packed import PackedEngine
+from lorasweep.engines.packing import length_batches
+from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.model.adapter import attach
+from lorasweep.model.base import fresh_classifier
+from lorasweep.model.packed_batch import LaneRows, lay_out
+from lorasweep.model.packed_lora import LaneSettings
+
+SETTINGS = EngineSettings(precision="fp32", device="cpu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_engine(open_tiny, splits):
+    return lambda lanes: PackedEngine(open_tiny("bert"), *splits, SETTINGS, lanes)
+
+
+def bytes_of(engine: PackedEngine, train: EncodedSplit | None = None) -> int | None:
+    return lane_bytes(engine.model, engine.base, train or engine.train, engine.device)
+
+
+def test_a_lane_is_measured_the_same_whether_lanes_are_fixed_or_not(make_engine):
+    measured = make_engine("auto")
+    assert measured.capacity > 1
+    fixed = make_engine(3)
+    assert fixed.use.bytes_per_lane is None
+    assert bytes_of(fixed) == measured.use.bytes_per_lane
+    assert fixed.model.lanes == 0
+
+
+def test_it_is_what_a_second_and_a_third_lane_take(make_engine):
+    """Counted for one lane alone, it covers what each further lane really keeps."""
+    engine = make_engine(3)
+    claimed = bytes_of(engine)
+    model, plan = engine.model, AdapterPlan(16, 16.0, 0.1)
+    rows = length_batches(engine.train, 16)[0]
+    taken = []
+    for seed in range(3):
+        adapter = attach(fresh_classifier(engine.base, seed), plan, seed)
+        model.add_lane(adapter, LaneSettings(plan.scaling, plan.dropout))
+        entries = [LaneRows(rows, key) for key in range(model.lanes)]
+        batch = lay_out(engine.train, entries, CPU, training=True)
+
+        def step(batch=batch):
+            return model.forward(batch, training=True).sum()
+
+        taken.append(saved_bytes(step, CPU) + 4 * model.weights.weights.nbytes)
+    more = np.diff(taken)
+    assert (more <= claimed).all()
+    assert (more >= claimed / 2).all()
+
+
+def test_longer_rows_take_more(make_engine, splits):
+    engine = make_engine(3)
+    train, _ = splits
+    longest = np.argsort(-train.lengths)[:16]
+    doubled = EncodedSplit(
+        name="doubled",
+        tokens=np.concatenate([np.tile(train.row(row), 2) for row in longest]),
+        offsets=np.cumsum([0, *(2 * train.lengths[longest])]),
+        labels=train.labels[longest],
+    )
+    assert bytes_of(engine, doubled) > 1.5 * bytes_of(engine)
+
+
+def test_where_not_even_one_lane_fits_the_need_is_unknown(make_engine, monkeypatch):
+    engine = make_engine(2)
+
+    def full(batch, *, training):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine.model, "forward", full)
+    assert bytes_of(engine) is None
+    assert engine.model.lanes == 0
+
+
+def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):
+    class Silent:
+        def started(self, trial, facts): ...
+        def stepped(self, report): ...
+        def evaluated(self, evaluation):
+            from lorasweep.core.records import Verdict
+
+            return Verdict(keep=False, go_on=True)
+
+    packed = make_engine(2)
+    list(packed.run([make_plan(n, seed=n, epochs=1 + n % 2) for n in range(4)], Silent()))
+    use = use_of(packed, "packed, 2 lanes", 4)
+    assert (use.engine, use.trials, use.lanes, use.halvings) == ("packed, 2 lanes", 4, 2, 0)
+    assert use.lane_steps == 4 * (1 + 2 + 1 + 2)  # 30 rows in batches of 8
+    assert 1 < use.trials_at_once <= 2
+    assert use.busy_share == 1.0
+    assert 0.9 < use.real_share <= 1.0
+    alone = use_of(TrainerEngine(open_tiny("bert"), *splits, SETTINGS), "trainer", 4)
+    assert (alone.lanes, alone.trials, alone.real_share, alone.bytes_per_lane) == (1, 4, None, None)
