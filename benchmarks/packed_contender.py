@@ -11,7 +11,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
-from sklearn.metrics import f1_score
 from workload import DROPOUT, EVAL_BATCH_SIZE, LABELS, MAX_LENGTH, Work, read
 
 from lorasweep.core.records import (
@@ -39,6 +38,8 @@ class BestScores:
         pass
 
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
+        from sklearn.metrics import f1_score
+
         score = float(f1_score(self.labels, evaluation.logits.argmax(1)))
         keep = score > self.best.get(evaluation.trial, -1.0)
         self.best[evaluation.trial] = max(score, self.best.get(evaluation.trial, -1.0))
@@ -72,9 +73,9 @@ def packed(
         padded: Pad each row to its lane's longest, or its pack's. The model sees the padding as
             words, so the scores mean nothing: only the time is that of a padded engine.
     """
+    base, train, validation = opened(work, base_dropout)
     from lorasweep.engines.packed import PackedEngine
 
-    base, train, validation = _opened(work, base_dropout)
     settings = EngineSettings(precision=precision, eval_batch_size=EVAL_BATCH_SIZE)
     engine = PackedEngine(base, train, validation, settings, lanes or work.lanes)
     if not shared:
@@ -111,7 +112,7 @@ def trainer_engine(work: Work) -> dict[str, Any]:
     """Run the reference engine: one Trainer per trial, in the packed engine's data order."""
     from lorasweep.engines.trainer import TrainerEngine
 
-    base, train, validation = _opened(work, None)
+    base, train, validation = opened(work)
     settings = EngineSettings(eval_batch_size=EVAL_BATCH_SIZE)
     scores = BestScores(validation.labels)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,14 +122,15 @@ def trainer_engine(work: Work) -> dict[str, Any]:
     return {"f1": [scores.best[plan.number] for plan in plans], "precision": engine.precision}
 
 
-def _opened(work: Work, base_dropout: float | None) -> tuple[Any, EncodedSplit, EncodedSplit]:
+def opened(work: Work, base_dropout: float | None = None) -> tuple[Any, EncodedSplit, EncodedSplit]:
+    splits = read(work)
     from lorasweep.data.tokens import encode
     from lorasweep.model.base import open_base
     from lorasweep.spec.schema import ModelSpec
 
     spec = ModelSpec(name=work.model, max_length=MAX_LENGTH, base_dropout=base_dropout)
     base = open_base(spec, LABELS)
-    train, validation = (encode(split, base.tokenizer, MAX_LENGTH) for split in read(work))
+    train, validation = (encode(split, base.tokenizer, MAX_LENGTH) for split in splits)
     return base, train, validation
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from sklearn.metrics import f1_score
 from workload import (
     BATCH_SIZE,
     DROPOUT,
@@ -99,6 +98,8 @@ def training_arguments(folder: str, epochs: int, *, bf16: bool, grouped: bool, *
 
 def f1_of(prediction: Any) -> dict[str, float]:
     """Score as the Trainer asks it: F1 of the positive label."""
+    from sklearn.metrics import f1_score
+
     return {"f1": float(f1_score(prediction.label_ids, prediction.predictions.argmax(-1)))}
 
 

@@ -134,7 +134,8 @@ def run(
     }
     taken: Results = {each: [] for each in arguments.contenders}
     failed: dict[str, str] = {}
-    table = "nothing was measured"
+    summary: dict[str, Any] = {}
+    table = "Nothing was measured."
     for turn in range(max(arguments.repeats.values())):
         for each in arguments.contenders:
             if turn >= arguments.repeats[each] or each in failed:
@@ -146,7 +147,8 @@ def run(
             else:
                 taken[each].append(found)
                 print(f"{each}, turn {turn + 1}: {found['seconds']:.1f} s", file=sys.stderr)
-            summary, table = summarise({key: runs for key, runs in taken.items() if runs})
+            if measured := {key: runs for key, runs in taken.items() if runs}:
+                summary, table = summarise(measured)
             _write(out, {**head, **summary, "failed": failed, "runs": taken})
     print(table)
     if failed:

@@ -13,7 +13,6 @@ from lorasweep.core.records import AdapterPlan, TextSplit, TrialPlan
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RANKS = (4, 8, 16, 32)
-POINTS = len(RATES) * len(RANKS)
 BATCH_SIZE = 16
 EVAL_BATCH_SIZE = 64
 MAX_LENGTH = 128
@@ -29,7 +28,7 @@ class Work:
     """What is to be done.
 
     Attributes:
-        trials: How many of the 16 points, in order.
+        trials: How many of the 16 points, in order; more begin again, with seeds of their own.
         epochs: Of each trial, over and over: ``(1, 4)`` gives every other trial four.
         train_rows, validation_rows: So many of each split, evenly spaced, since the files are
             sorted by label; None for all.
@@ -38,7 +37,7 @@ class Work:
         turn: Counted from 0; each turn has seeds of its own, so that the noise of seeds is seen.
     """
 
-    trials: int = POINTS
+    trials: int = 16
     epochs: tuple[int, ...] = (2,)
     train_rows: int | None = None
     validation_rows: int | None = None
@@ -50,8 +49,8 @@ class Work:
         """Take a grid of learning rates and ranks, the rank varying fastest."""
         grid = [{"learning_rate": rate, "rank": rank} for rate in RATES for rank in RANKS]
         return [
-            {**point, "epochs": self.epochs[number % len(self.epochs)]}
-            for number, point in enumerate(grid[: self.trials])
+            {**grid[number % len(grid)], "epochs": self.epochs[number % len(self.epochs)]}
+            for number in range(self.trials)
         ]
 
     def seed(self, number: int) -> int:
@@ -95,27 +94,20 @@ class Work:
 
 
 def add_work(
-    parser: argparse.ArgumentParser, *, trials: int = POINTS, epochs: tuple[int, ...] = (2,)
+    parser: argparse.ArgumentParser, *, trials: int = 16, epochs: tuple[int, ...] = (2,)
 ) -> None:
     """Add the flags that cut the work to size."""
-    parser.add_argument(
-        "--trials",
-        type=int,
-        choices=range(1, POINTS + 1),
-        default=trials,
-        metavar="N",
-        help="1 to 16 (%(default)s)",
-    )
+    parser.add_argument("--trials", type=_positive, default=trials, help="(%(default)s)")
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=_positive,
         nargs="+",
         default=epochs,
         metavar="N",
         help=f"of each trial, repeated over the trials ({' '.join(map(str, epochs))})",
     )
-    parser.add_argument("--train-rows", type=int, help="evenly spaced (all 6,920)")
-    parser.add_argument("--validation-rows", type=int, help="evenly spaced (all 872)")
+    parser.add_argument("--train-rows", type=_positive, help="evenly spaced (all 6,920)")
+    parser.add_argument("--validation-rows", type=_positive, help="evenly spaced (all 872)")
     parser.add_argument("--lanes", type=_lanes, default="auto", help="of the packed engine")
 
 
@@ -141,8 +133,14 @@ def read(work: Work) -> tuple[TextSplit, TextSplit]:
     )
 
 
+def _positive(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
+    return number
+
+
 def _lanes(word: str) -> int | str:
-    return word if word == "auto" else int(word)
+    return word if word == "auto" else _positive(word)
 
 
 def _split(path: Path, name: str, rows: int | None) -> TextSplit:
