@@ -94,7 +94,10 @@ def parse(
     for word in sorted(arguments.repeats, key=lambda word: "=" in word):  # the general one first
         name, given, number = word.rpartition("=")
         if not number.isdigit() or (given and name not in repeats):
-            parser.error(f"--repeats: {word!r} is no number and no chosen contender with one")
+            parser.error(
+                f"--repeats: {word!r} is no number and no chosen contender with one; "
+                "contenders are named before the flags"
+            )
         repeats |= {name: int(number)} if given else dict.fromkeys(chosen, int(number))
     arguments.contenders, arguments.repeats = chosen, repeats
     return arguments
