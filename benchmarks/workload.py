@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.records import AdapterPlan, TextSplit, TrialPlan
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RANKS = (4, 8, 16, 32)
@@ -15,26 +17,111 @@ BATCH_SIZE = 16
 EVAL_BATCH_SIZE = 64
 MAX_LENGTH = 128
 DROPOUT = 0.1
+WEIGHT_DECAY = 0.01
+WARMUP = 0.06
 LABELS = ("negative", "positive")
+MINILM = "embedded/minilm"
 
 
 @dataclass(frozen=True)
 class Work:
     """What is to be done.
 
-    trials: How many of the 16 points, in order. epochs: Of each. train_rows, validation_rows:
-    So many of each split, evenly spaced, since the file is sorted by label; None for all.
+    Attributes:
+        trials: How many of the 16 points, in order; more begin again, with seeds of their own.
+        epochs: Of each trial, over and over: ``(1, 4)`` gives every other trial four.
+        train_rows, validation_rows: So many of each split, evenly spaced, since the files are
+            sorted by label; None for all.
+        lanes: Of the packed engine, a number or ``auto``.
+        model: ``embedded/minilm``, or a folder.
+        turn: Counted from 0; each turn has seeds of its own, so that the noise of seeds is seen.
     """
 
     trials: int = 16
-    epochs: int = 2
+    epochs: tuple[int, ...] = (2,)
     train_rows: int | None = None
     validation_rows: int | None = None
+    lanes: int | str = "auto"
+    model: str = MINILM
+    turn: int = 0
 
-    def points(self) -> list[dict[str, float]]:
-        """A grid of learning rates and ranks, the rank varying fastest."""
+    def points(self) -> list[dict[str, Any]]:
+        """Take a grid of learning rates and ranks, the rank varying fastest."""
         grid = [{"learning_rate": rate, "rank": rank} for rate in RATES for rank in RANKS]
-        return grid[: self.trials]
+        return [
+            {**grid[number % len(grid)], "epochs": self.epochs[number % len(self.epochs)]}
+            for number in range(self.trials)
+        ]
+
+    def seed(self, number: int) -> int:
+        """Seed of a trial: no two trials of a run share one."""
+        return 1000 * self.turn + number
+
+    def plans(
+        self, folder: Path, dropout: float = DROPOUT, top_layers: int | None = None
+    ) -> list[TrialPlan]:
+        """Put the points as lorasweep's engines take them."""
+        return [
+            TrialPlan(
+                number=number,
+                seed=self.seed(number),
+                adapter=AdapterPlan(
+                    point["rank"], 2.0 * point["rank"], dropout, top_layers=top_layers
+                ),
+                learning_rate=point["learning_rate"],
+                epochs=point["epochs"],
+                batch_size=BATCH_SIZE,
+                weight_decay=WEIGHT_DECAY,
+                warmup=WARMUP,
+                scheduler="linear",
+                max_grad_norm=1.0,
+                folder=folder / f"{number:04d}",
+            )
+            for number, point in enumerate(self.points())
+        ]
+
+    def described(self) -> dict[str, Any]:
+        """All but the turn and where the model lies, for the results file."""
+        known = {key: value for key, value in asdict(self).items() if key not in ("turn", "model")}
+        return {
+            **known,
+            "batch_size": BATCH_SIZE,
+            "eval_batch_size": EVAL_BATCH_SIZE,
+            "max_length": MAX_LENGTH,
+            "lora_dropout": DROPOUT,
+            "points": self.points(),
+        }
+
+
+def add_work(
+    parser: argparse.ArgumentParser, *, trials: int = 16, epochs: tuple[int, ...] = (2,)
+) -> None:
+    """Add the flags that cut the work to size."""
+    parser.add_argument("--trials", type=_positive, default=trials, help="(%(default)s)")
+    parser.add_argument(
+        "--epochs",
+        type=_positive,
+        nargs="+",
+        default=epochs,
+        metavar="N",
+        help=f"of each trial, repeated over the trials ({' '.join(map(str, epochs))})",
+    )
+    parser.add_argument("--train-rows", type=_positive, help="evenly spaced (all 6,920)")
+    parser.add_argument("--validation-rows", type=_positive, help="evenly spaced (all 872)")
+    parser.add_argument("--lanes", type=_lanes, default="auto", help="of the packed engine")
+
+
+def work_of(arguments: argparse.Namespace, **more: Any) -> Work:
+    """Return what the flags say."""
+    return Work(
+        trials=arguments.trials,
+        epochs=tuple(arguments.epochs),
+        train_rows=arguments.train_rows,
+        validation_rows=arguments.validation_rows,
+        lanes=arguments.lanes,
+        turn=arguments.turn,
+        **more,
+    )
 
 
 def read(work: Work) -> tuple[TextSplit, TextSplit]:
@@ -44,6 +131,16 @@ def read(work: Work) -> tuple[TextSplit, TextSplit]:
         _split(folder / "sentences_train.csv", "train", work.train_rows),
         _split(folder / "sentences_validation.csv", "validation", work.validation_rows),
     )
+
+
+def _positive(word: str) -> int:
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {word}")
+    return number
+
+
+def _lanes(word: str) -> int | str:
+    return word if word == "auto" else _positive(word)
 
 
 def _split(path: Path, name: str, rows: int | None) -> TextSplit:

@@ -1,0 +1,139 @@
+"""The benchmarks start, and their smallest runs write what documents are made from."""
+
+import csv
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).parents[1] / "benchmarks"
+_SCRIPTS = ("makespan", "distilbert", "refill", "peak", "ablation", "halving")
+
+
+def run(script: str, *words: str, data: Path | None = None, fails: bool = False) -> str:
+    done = subprocess.run(
+        [sys.executable, str(_FOLDER / f"{script}.py"), *words],
+        env={**os.environ, "LORASWEEP_DATA": str(data)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == int(fails), done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """A data folder of the real one's layout: 64 rows to train, 16 to validate."""
+    (tmp_path / "sst2").mkdir()
+    for name, rows in {"train": 64, "validation": 16}.items():
+        with (tmp_path / f"sst2/sentences_{name}.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("text", "label"))
+            for at in range(rows):
+                word, label = ("great", 1) if at % 2 else ("awful", 0)
+                writer.writerow(
+                    (f"number {at} of these films is {word} " + "indeed " * (at % 5), label)
+                )
+    return tmp_path
+
+
+@pytest.mark.parametrize("script", _SCRIPTS)
+def test_every_benchmark_says_how_it_is_used(script: str) -> None:
+    said = run(script, "--help")
+    assert "--repeats" in said
+    assert "contenders:" in said
+
+
+def test_makespan_writes_times_scores_and_machine(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    cut = ("--trials", "2", "--train-rows", "32", "--epochs", "1", "--repeats", "1")
+    table = run("makespan", "packed", *cut, "--out", str(out), data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert "packed" in table
+    assert found["command"] == shlex.join(["python", "benchmarks/makespan.py", "packed", *cut])
+    assert "platform" not in found["machine"]
+    assert len(found["machine"]["load_average"]) == 3
+    assert found["times_as_long_as"]["packed"] == {"packed": 1.0}
+    (one,) = found["runs"]["packed"]
+    assert found["median_seconds"]["packed"] == one["seconds"]
+    assert found["mean_best_f1"]["packed"]["mean"] == pytest.approx(sum(one["f1"]) / 2)
+    assert found["work"]["points"][1] == {"learning_rate": 2e-4, "rank": 8, "epochs": 1}
+
+
+def test_peak_relates_the_packs_arithmetic_to_torchs_products(
+    sentences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    cut = ("--steps", "4", "--lanes", "2", "--repeats", "1")
+    run("peak", *cut, "--out", str(out), data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    (one,) = found["runs"]["packed"]
+    assert one["lanes"] == 2
+    assert one["torch_counts_of_formula"] == 1.0
+    assert sum(one["useful_shares"].values()) == pytest.approx(1.0)
+    assert set(one["product_gflops_a_second"]) == {"square", "up", "down"}
+    fastest = max(one["product_gflops_a_second"].values())
+    assert one["share_of_peak"] == pytest.approx(one["useful_gflops_a_second"] / fastest)
+    assert found["medians"]["packed"]["share_of_peak"] == one["share_of_peak"]
+
+
+def test_a_contender_that_fails_is_named_in_the_results(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    run("makespan", "packed", "--repeats", "1", "--out", str(out), data=tmp_path, fails=True)
+    assert "sentences_train.csv" in json.loads(out.read_text(encoding="utf-8"))["failed"]["packed"]
+
+
+def test_scores_are_told_with_the_noise_of_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    scores, turns = importlib.import_module("scores"), importlib.import_module("turns")
+    contenders = {
+        "ours": turns.Contender(dict, ""),
+        "theirs": turns.Contender(dict, ""),
+        "padded": turns.Contender(dict, "", comparable=False),
+    }
+    taken = {
+        "ours": [
+            {"turn": 0, "seconds": 1.0, "f1": [0.80, 0.60]},
+            {"turn": 1, "seconds": 2.0, "f1": [0.82, 0.60]},
+        ],
+        "theirs": [{"turn": 1, "seconds": 6.0, "f1": [0.83, 0.59]}],
+        "padded": [{"turn": 0, "seconds": 5.0, "f1": [0.1, 0.9]}],
+    }
+    report, table = scores.summary(taken, contenders)
+    # The ratio is that of the turn which both had part in.
+    assert report["times_as_long_as"]["theirs"] == {"ours": 3.0}
+    noise = report["seed_noise"]
+    assert noise["degrees_of_freedom"] == 2
+    # Variances over turns are 0.0002 and 0, of one degree of freedom each.
+    assert noise["standard_deviation_of_a_trial"] == pytest.approx(0.01)
+    theirs = report["mean_best_f1"]["theirs"]
+    assert theirs["difference"] == pytest.approx(0.71 - 0.705)
+    assert theirs["standard_error_of_difference"] == pytest.approx(0.01 * (1 / 4 + 1 / 2) ** 0.5)
+    assert "difference" not in report["mean_best_f1"]["padded"]
+    assert "time only" in table
+
+
+def test_the_time_to_the_target_is_that_of_the_first_score_as_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    halving = importlib.import_module("halving")
+    ours = [(9.0, 0, 2, 0.897), (4.0, 0, 1, 0.85), (12.0, 1, 1, 0.901)]
+    theirs = [(20.0, 0, 1, 0.88), (30.0, 0, 2, 0.89)]
+    taken = {
+        "lorasweep": [{"turn": 0, "seconds": 13.0, "evaluations": ours}],
+        "ray tune": [{"turn": 0, "seconds": 36.0, "evaluations": theirs}],
+    }
+    report, _ = halving.summary(taken)
+    assert report["target_f1_by_turn"] == {0: pytest.approx(0.896)}
+    assert report["seconds_to_target_by_turn"]["lorasweep"] == {0: 9.0}
+    # It never got there: all its time is a lower bound.
+    never = report["times_as_long_to_target_as"]["lorasweep"]["ray tune"]
+    assert never == {"ratio": 4.0, "never": 1}
