@@ -152,6 +152,17 @@ def test_a_lane_is_refilled_at_the_next_step_and_nobody_waits(engine, plan):
     assert made.use.lane_steps == 35
 
 
+def test_lanes_at_the_same_time_have_numbers_of_their_own(engine, plan):
+    # The first ends early, so the others move up; whoever takes its place takes its number.
+    recorder = run(engine(3), [plan(n, epochs=e) for n, e in ((1, 1), (2, 4), (3, 4), (4, 3))])
+    assert {trial: facts.lane for trial, facts in recorder.facts.items()} == {
+        1: 0,
+        2: 1,
+        3: 2,
+        4: 0,
+    }
+
+
 def test_the_pack_shrinks_when_no_plan_is_left(engine, plan):
     made = engine(3)
     sizes = []

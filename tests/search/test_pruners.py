@@ -114,6 +114,25 @@ def test_successive_halving_sees_trials_that_run_in_lock_step(begin, epoch):
     assert epoch(study, 2, 2, of=4, score=0.91).go_on
 
 
+def test_what_a_resumed_trial_tells_again_counts_and_is_not_judged_again(begin, epoch):
+    study, trials = begin("successive_halving", 4)
+    first, second, third, fourth = (asked.number for asked in trials)
+    assert epoch(study, first, 1, of=2, score=0.5).go_on  # it had no rival
+    study.interrupt(first, "cut")
+    assert epoch(study, second, 1, of=2, score=0.8).go_on
+    assert not epoch(study, fourth, 1, of=2, score=0.3).go_on
+    retry = study.ask()
+    assert retry.retry_of == first
+    # Judged now, it would be given up; uninterrupted, it was let go on.
+    verdict = epoch(study, retry.number, 1, of=2, score=0.5, repeated=True)
+    assert (verdict.keep, verdict.go_on) == (True, True)
+    assert study.history(retry.number) == ((1, 0.5),)
+    # For the others it stands where it stood: second of four goes on, second of three would not.
+    assert epoch(study, third, 1, of=2, score=0.6).go_on
+    study.tell(Outcome(retry.number, TrialState.COMPLETED, 20, 1.0))
+    assert study.record(retry.number).best_epoch == 1
+
+
 @pytest.mark.parametrize("kind", ["median", "percentile", "successive_halving", "hyperband"])
 def test_short_trials_that_are_finished_dont_beat_long_ones_that_are_half_way(
     kind, begin, finish, epoch

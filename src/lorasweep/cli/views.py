@@ -255,6 +255,9 @@ def _line(event: Event) -> str:
         case TrialStarted():
             retry = "" if event.retry_of is None else f" (takes up {run_name(event.retry_of)})"
             return f"trial {run_name(event.number)}{retry}: {format_parameters(event.parameters)}"
+        case TrialReady() if event.facts.resumed_step:
+            done = f"step {event.facts.resumed_step} of {event.facts.steps}"
+            return f"trial {run_name(event.number)} goes on after {done}"
         case TrialEvaluated():
             mark = " *" if event.best else ""
             return (

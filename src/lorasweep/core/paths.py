@@ -9,7 +9,7 @@
       sweeps/<name>/
         spec.yaml                     the resolved spec
         lock                          held while a sweep runs
-        trials/0005/                  adapter/ of the best epoch, and what the engine leaves
+        trials/0005/                  adapter/ of the best epoch; checkpoint while it runs
         engine.jsonl                  how each command trained: lanes, memory, real tokens
         test/                         predictions of the finalists; the ledger of openings
         report/                       fine_tuning_results.json, figures, index.html
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.core.errors import Problem, SpecError
+from lorasweep.core.records import CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,10 @@ class SweepPaths:
     def adapter(self, number: int) -> Path:
         """Where the adapter of the trial's best epoch lies, in PEFT's own format."""
         return self.trial(number) / "adapter"
+
+    def checkpoint(self, number: int) -> Path:
+        """Where an engine keeps what continues the trial after it was cut off."""
+        return self.trial(number) / CHECKPOINT
 
 
 def run_name(number: int) -> str:

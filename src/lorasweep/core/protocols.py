@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,7 +53,7 @@ class Engine(Protocol):
         """How many trials it trains at the same time, ≥ 1."""
         ...
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Iterator[Outcome]:
+    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome as soon as it is known.
 
         ``plans`` is lazy on purpose: the engine takes the next plan only when it has a
@@ -65,6 +65,12 @@ class Engine(Protocol):
         all trials, and KeyboardInterrupt, leave the generator. The adapter of the epoch
         last answered with ``keep`` lies in ``plan.adapter_folder`` when the outcome is
         yielded.
+
+        An engine may leave ``plan.checkpoint`` while a trial runs, and removes it once the
+        trial's outcome was taken. Where one lies there that belongs to exactly this plan, the
+        trial goes on from it; the reporter is then told all that it would have been told
+        from the first step on, in the same order. Closing the generator is a stop: what is
+        under way is checkpointed first.
         """
         ...
 

@@ -180,6 +180,9 @@ class AdapterPlan:
         return self.alpha / self.rank
 
 
+CHECKPOINT = "checkpoint.safetensors"
+"""Name of a running trial's resumable state in its folder."""
+
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
@@ -199,7 +202,8 @@ class TrialPlan:
         warmup: Share of the steps in ``[0, 1)`` over which the rate rises.
         scheduler: Shape of the learning rate after warm-up.
         max_grad_norm: Gradients of the trial are clipped to this norm; 0 for no clipping.
-        folder: The trial's own folder; the engine writes ``adapter/`` below it.
+        folder: The trial's own folder; the engine writes ``adapter/`` below it, and while the
+            trial runs its checkpoint. One that lies there and fits is gone on from.
         parameters: The sampled values as the spec names them, for people and MLflow.
     """
 
@@ -221,6 +225,11 @@ class TrialPlan:
         """Where the adapter of the best epoch is kept."""
         return self.folder / "adapter"
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where an engine keeps what continues the trial after it was cut off."""
+        return self.folder / CHECKPOINT
+
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -235,12 +244,16 @@ class EngineSettings:
         eval_batch_size: Rows per forward pass when evaluating.
         log_every: Optimizer steps between two reported training losses.
         device: ``auto``, ``cpu`` or a CUDA device such as ``cuda:0``.
+        checkpoint_seconds: Between two checkpoints of a running trial, for engines that write
+            any; longer where writing would take more than half a percent of the time. 0 for
+            one after every step, whatever it takes.
     """
 
     precision: Precision = "auto"
     eval_batch_size: int = 64
     log_every: int = 10
     device: str = "auto"
+    checkpoint_seconds: float = 30.0
 
 
 class TrialState(StrEnum):
@@ -267,6 +280,8 @@ class TrialFacts:
         steps: Optimizer steps of the whole budget.
         targets: Full names of the adapted modules.
         lane: The trial's place in a pack; None where trials run alone.
+        resumed_step: Optimizer steps that it takes over from the trial that was cut off, whose
+            checkpoint it goes on from; 0 where it begins with its first step.
     """
 
     trainable_parameters: int
@@ -274,6 +289,7 @@ class TrialFacts:
     steps: int
     targets: tuple[str, ...] = ()
     lane: int | None = None
+    resumed_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +325,8 @@ class EpochEvaluation:
         steps: Steps of the whole budget.
         logits: float32, ``(validation rows, labels)``, in the split's own row order.
         seconds: Training and evaluation time of the trial so far.
+        repeated: Told again by a trial that goes on from a checkpoint: it was told before, of
+            the trial that was cut off, and what was decided then stands.
     """
 
     trial: int
@@ -318,6 +336,7 @@ class EpochEvaluation:
     steps: int
     logits: NDArray[np.float32]
     seconds: float
+    repeated: bool = False
 
     @property
     def share(self) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from peft import PeftModel
 
-from lorasweep.core.records import Outcome, TrialPlan, TrialState
+from lorasweep.core.records import EpochEvaluation, Outcome, StepReport, TrialPlan, TrialState
 from lorasweep.engines.packing import Progress
 from lorasweep.model.lane_weights import LaneState
+from lorasweep.model.packed_batch import PackedBatch
 from lorasweep.model.packed_lora import LaneSettings
 
 
@@ -22,11 +24,16 @@ class Lane:
         progress: Steps done, rows to come.
         adapter: Its PEFT model without frozen weights: names and shapes to save by.
         settings: Scaling and dropout.
-        began: ``time.perf_counter()`` at its start.
+        began: ``time.perf_counter()`` at its start, put back by what a checkpoint counts.
         losses: Losses since the last report.
         evaluated: Epochs whose evaluation is behind it.
+        kept: Epoch whose weights :attr:`adapter` holds, the best so far; None before the first.
+        told: All that the reporter knows of its training, in order, for a trial that goes on.
+        resumed: Steps taken over from a checkpoint.
+        saved: The :attr:`mark` that the checkpoint on the disk has; None without one.
         parked: Weights and moments while it has no place in the pack.
         outcome: How it ended; None while it runs.
+        place: Its number among those that train at the same time; it keeps it to its end.
     """
 
     plan: TrialPlan
@@ -36,8 +43,13 @@ class Lane:
     began: float
     losses: list[float] = field(default_factory=list)
     evaluated: int = 0
+    kept: int | None = None
+    told: list[StepReport | EpochEvaluation] = field(default_factory=list)
+    resumed: int = 0
+    saved: tuple[int, int] | None = None
     parked: LaneState | None = None
     outcome: Outcome | None = None
+    place: int = 0
 
     @property
     def due(self) -> bool:
@@ -45,9 +57,46 @@ class Lane:
         return self.outcome is None and self.progress.epochs_done > self.evaluated
 
     @property
+    def mark(self) -> tuple[int, int]:
+        """How far it is: steps done and epochs evaluated."""
+        return self.progress.step, self.evaluated
+
+    @property
     def seconds(self) -> float:
-        """Wall time since it began."""
+        """Wall time that it was under way, that before a checkpoint included."""
         return time.perf_counter() - self.began
+
+    def count_step(
+        self, rate: float, loss: float, norm: float, log_every: int
+    ) -> StepReport | None:
+        """Note a step whose update was made, or fail where its loss is no finite number.
+
+        Args:
+            rate: Of the step.
+            loss: Of the step.
+            norm: Of its gradient, before clipping.
+            log_every: Steps between two reports.
+
+        Returns:
+            What the reporter is to be told now, if anything.
+        """
+        progress = self.progress
+        if not math.isfinite(loss):
+            self.end(
+                TrialState.FAILED,
+                f"the training loss became {loss} at step {progress.step + 1} "
+                f"of {progress.steps}; a lower learning rate may hold it",
+            )
+            return None
+        progress.step += 1
+        self.losses.append(loss)
+        if progress.step % log_every and not progress.ended:
+            return None
+        mean = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        report = StepReport(self.plan.number, progress.step, progress.steps, mean, rate, norm)
+        self.told.append(report)
+        return report
 
     def end(self, state: TrialState, reason: str = "", trace: str = "") -> None:
         """Settle how it ended."""
@@ -77,3 +126,15 @@ class PackUse:
     halved: int = 0
     bytes_per_lane: int | None = None
     idle_places: int = 0
+
+    def count(self, batch: PackedBatch, lanes: int, idle: int) -> None:
+        """Add a pack step of so many lanes, with so many idle places."""
+        self.steps += 1
+        self.lane_steps += lanes
+        self.idle_places += idle
+        self.count_tokens(batch)
+
+    def count_tokens(self, batch: PackedBatch) -> None:
+        """Add the tokens of a batch."""
+        self.tokens += batch.tokens
+        self.attended += batch.attended

@@ -11,29 +11,29 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Literal
 
 import torch
 
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import AdapterPlan, EncodedSplit, EngineSettings, Outcome, TrialPlan
+from lorasweep.core.records import EncodedSplit, EngineSettings, Outcome, TrialPlan
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines.lane import Lane, PackUse
-from lorasweep.engines.lane_memory import free_bytes, saved_bytes
+from lorasweep.engines.lane_checkpoint import LaneCheckpoints
+from lorasweep.engines.lane_memory import free_bytes, lane_bytes
 from lorasweep.engines.pack_run import PackRun
-from lorasweep.engines.packing import Progress, lanes_that_fit, length_batches
+from lorasweep.engines.packing import Progress, lanes_that_fit
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.heap import keep_freed_memory
-from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.precision import pick_device, resolve
 
 _log = logging.getLogger(__name__)
 
 # More lanes than these don't make a step cheaper per trial: the products are large enough.
-_MOST_LANES = {"cpu": 8, "cuda": 32}
+_MOST_LANES = {"cpu": 16, "cuda": 32}
 
 
 class PackedEngine:
@@ -50,6 +50,7 @@ class PackedEngine:
     Attributes:
         model: The base that all trials share.
         use: What was done so far.
+        checkpoints: Of the lanes under way.
 
     Raises:
         ModelError: The device isn't there, or the base has a part that a pack can't carry.
@@ -72,6 +73,9 @@ class PackedEngine:
         self.device = pick_device(settings.device)
         self.precision = resolve(settings.precision, self.device)
         self.use = PackUse()
+        self.checkpoints = LaneCheckpoints(
+            base, train, validation, self.precision, settings.checkpoint_seconds
+        )
         self._lanes = lanes
         self._most = _MOST_LANES.get(self.device.type, 8)
         if most is not None:
@@ -89,7 +93,7 @@ class PackedEngine:
             self._lanes = self._measured_lanes()
         return self._lanes
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Iterator[Outcome]:
+    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
         self.model.keep_lanes([])
         yield from PackRun(self, iter(plans), reporter).outcomes()
@@ -100,32 +104,30 @@ class PackedEngine:
         self.use.halved += 1
 
     def build(self, plan: TrialPlan) -> Lane:
-        """Build a trial exactly as the trainer engine does, and keep what is its own of it."""
+        """Build a trial exactly as the trainer engine does, and keep what is its own of it.
+
+        Where a checkpoint of exactly this plan lies in its folder, it is where that left it.
+        """
         began = time.perf_counter()
         shutil.rmtree(plan.adapter_folder, ignore_errors=True)
         fresh = fresh_classifier(self.base, derive_seed(plan.seed, "head"))
         adapter = attach(fresh, plan.adapter, derive_seed(plan.seed, "adapter"))
-        return Lane(
+        lane = Lane(
             plan=plan,
             progress=Progress(plan, self.train.lengths),
             adapter=adapter,
             settings=LaneSettings(plan.adapter.scaling, plan.adapter.dropout),
             began=began,
         )
+        self.checkpoints.take_up(lane)
+        return lane
 
     def _measured_lanes(self) -> int:
         """Measure one step of one lane at its longest rows, and see how often that fits."""
-        model = self.model
-        plan = AdapterPlan(rank=16, alpha=16.0, dropout=0.1)
-        probe = attach(fresh_classifier(self.base, 0), plan, 0)
-        model.add_lane(probe, LaneSettings(plan.scaling, plan.dropout))
-        rows = length_batches(self.train, 16)[0]
-        batch = lay_out(self.train, [LaneRows(rows)], self.device, training=True)
-        needed = saved_bytes(lambda: model.forward(batch, training=True).sum(), self.device)
-        # Weights, gradients and moments come on top.
-        needed += 4 * model.weights.weights.nbytes
-        model.keep_lanes([])
+        needed = lane_bytes(self.model, self.base, self.train, self.device)
         self.use.bytes_per_lane = needed
+        if needed is None:
+            return 1  # whose own step will say what didn't fit
         lanes = lanes_that_fit(free_bytes(self.device), needed, self._most)
         _log.info("%d lanes: one more takes %.0f MiB", lanes, needed / 2**20)
         return lanes

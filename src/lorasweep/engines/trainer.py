@@ -22,7 +22,7 @@ import random
 import shutil
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ from lorasweep.core.records import (
 )
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import steps_per_epoch
+from lorasweep.engines.lane_checkpoint import discard
 from lorasweep.engines.trial_trainer import TrialTrainer, TrialWatch
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
@@ -88,7 +89,7 @@ class TrainerEngine:
         """One: trials run one after another."""
         return 1
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Iterator[Outcome]:
+    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
         for plan in plans:
             yield self._run_trial(plan, reporter)
@@ -99,6 +100,7 @@ class TrainerEngine:
         watch = TrialWatch(plan, steps, self._score, reporter)
         # A folder of the same number may be left from a sweep that was killed.
         shutil.rmtree(plan.adapter_folder, ignore_errors=True)
+        discard(plan.checkpoint)  # of a pack: a Trainer can't go on from it
         reason = trace = ""
         try:
             with _own_randomness():

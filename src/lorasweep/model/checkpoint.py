@@ -1,10 +1,11 @@
-"""Adapters on disk: PEFT's own format, written so that a reader never finds half of one."""
+"""Weights on disk: adapters in PEFT's own format, files of which a reader never finds half."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,42 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
             Problem(
                 str(folder),
                 f"the adapter can't be written: {error.strerror or error}",
+                "Make room or choose another output folder, then run the same command again.",
+            )
+        ) from error
+
+
+def writing_path(path: Path) -> Path:
+    """Where :func:`write_whole` writes before it renames; a kill may leave it behind."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def write_whole(path: Path, content: bytes, what: str) -> None:
+    """Write a file so that a kill or a power cut leaves the old one or the new one.
+
+    Args:
+        path: The file; its folder is made if missing. One process at a time writes it.
+        content: All of it.
+        what: What it is, for people: ``the checkpoint``.
+
+    Raises:
+        StorageError: The disk is full or can't be written. The old file is as it was.
+    """
+    writing = writing_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        writing.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            writing.unlink(missing_ok=True)
+        raise StorageError(
+            Problem(
+                str(path),
+                f"{what} can't be written: {error.strerror or error}",
                 "Make room or choose another output folder, then run the same command again.",
             )
         ) from error

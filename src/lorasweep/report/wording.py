@@ -162,7 +162,7 @@ def _seed_noise(sweep: FinishedSweep) -> Iterator[str]:
 
 
 def _troubled_trials(sweep: FinishedSweep) -> Iterator[str]:
-    # An interrupted trial whose point was trained again, from its start, weakens nothing.
+    # An interrupted trial whose point was taken up again weakens nothing.
     taken_up = {trial.retry_of for trial in sweep.trials}
     for state in (TrialState.FAILED, TrialState.INTERRUPTED):
         found = [t for t in sweep.trials if t.state is state and t.number not in taken_up]

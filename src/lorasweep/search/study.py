@@ -257,7 +257,9 @@ class Study(Ledger):
 
         Args:
             number: The trial.
-            evaluation: Says which epoch it was and which share of the budget is spent.
+            evaluation: Says which epoch it was and which share of the budget is spent. One that
+                is repeated counts at its rung, but isn't judged a second time: by now others
+                have come further than they had when it was let go on.
             score: The objective; NaN is never an improvement.
             metrics: All validation metrics of this epoch.
 
@@ -281,11 +283,11 @@ class Study(Ledger):
         rung = rung_reached(self._spec.pruner, share, trial.intermediate_values)
         value = math.nan if best is None else best
         prune = rung is not None and self._falls_behind(trial, rung, value)
-        if prune:
+        if prune and not evaluation.repeated:
             progress["pruned"] = f"at {rung} % of its budget others were ahead of {value:.4f}"
         self._note(number, ledger.PROGRESS, progress)
         self.renew(number)
-        return Verdict(keep=keep, go_on=not prune)
+        return Verdict(keep=keep, go_on=not prune or evaluation.repeated)
 
     def _falls_behind(self, trial: FrozenTrial, rung: int, value: float) -> bool:
         """Store the value at the rung and ask the pruner, who sees only trials that count."""

@@ -9,7 +9,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lorasweep.core.protocols import Tracker
-from lorasweep.core.records import EpochEvaluation, StepReport, TrialFacts, Verdict
+from lorasweep.core.records import (
+    EpochEvaluation,
+    ParameterValue,
+    StepReport,
+    TrialFacts,
+    Verdict,
+)
 from lorasweep.evaluation.metrics import score
 from lorasweep.search.study import Study
 from lorasweep.sweep.events import Listener, TrialEvaluated, TrialReady, TrialStepped
@@ -52,15 +58,15 @@ class SweepReporter:
 
     def started(self, trial: int, facts: TrialFacts) -> None:
         self._study.set_facts(trial, facts)
-        self._tracker.log_params(
-            self._run_ids[trial],
-            {
-                "trainable_parameters": facts.trainable_parameters,
-                "all_parameters": facts.all_parameters,
-                "steps": facts.steps,
-                "adapted_modules": ",".join(facts.targets),
-            },
-        )
+        params: dict[str, ParameterValue] = {
+            "trainable_parameters": facts.trainable_parameters,
+            "all_parameters": facts.all_parameters,
+            "steps": facts.steps,
+            "adapted_modules": ",".join(facts.targets),
+        }
+        if facts.resumed_step:
+            params["resumed_step"] = facts.resumed_step
+        self._tracker.log_params(self._run_ids[trial], params)
         self._listener(TrialReady(trial, facts))
 
     def stepped(self, report: StepReport) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from lorasweep.core.paths import run_name
 from lorasweep.core.protocols import Engine
 from lorasweep.core.records import Outcome, TrialPlan, TrialRecord, TrialState
+from lorasweep.engines.lane_checkpoint import discard, hand_over
 from lorasweep.search.study import Asked, Study
 from lorasweep.spec.loader import dump_spec
 from lorasweep.spec.resolve import plan_trial
@@ -103,11 +105,13 @@ class Worker:
             self._listener,
         )
         try:
-            for outcome in self._engine.run(self._plans(parent), reporter):
-                self._settle(outcome)
+            # Closed before anything is marked: the engine then checkpoints what is under way.
+            with closing(self._engine.run(self._plans(parent), reporter)) as outcomes:
+                for outcome in outcomes:
+                    self._settle(outcome)
         except BaseException as error:
             # Ctrl-C, a kill signal, or an error that concerns all trials: whatever it is,
-            # the trials under way didn't fail by themselves and will be tried again.
+            # the trials under way didn't fail by themselves and will be taken up again.
             self._interrupt_running(type(error).__name__)
             self._tracker.finish(parent, TrialState.INTERRUPTED)
             raise
@@ -156,6 +160,10 @@ class Worker:
                 Said(f"Trial {run_name(record.number)} was cut off earlier; it is tried again.")
             )
         states = {record.number: record.state for record in self._study.records()}
+        for number, state in states.items():
+            # A kill between telling the study and tidying up.
+            if state.is_final and state is not TrialState.INTERRUPTED:
+                discard(self._prepared.paths.checkpoint(number))
         for number, run_id in self._tracker.runs_left_open(parent):
             # A trial that the study doesn't know as running elsewhere is over: if the kill came
             # between telling the study and closing the run, the study's word is the true one.
@@ -178,6 +186,7 @@ class Worker:
             spec, asked.number, asked.seed, asked.parameters, paths.trial(asked.number)
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
+        self._bring_checkpoint(plan, asked.retry_of)
         tags = dict(self._tags)
         if asked.retry_of is not None:
             tags["lorasweep.retry_of"] = run_name(asked.retry_of)
@@ -189,6 +198,20 @@ class Worker:
             TrialStarted(asked.number, asked.parameters, plan.epochs, retry_of=asked.retry_of)
         )
         return plan
+
+    def _bring_checkpoint(self, plan: TrialPlan, retry_of: int | None) -> None:
+        """Lay the checkpoint of the trial that was cut off where the engine looks for it.
+
+        What lies there is of a trial of that number in a study that was deleted. The trial
+        that was cut off may have taken up another one and never have come to a checkpoint
+        of its own, so it is looked for along the whole chain.
+        """
+        discard(plan.checkpoint)
+        earlier = {record.number: record.retry_of for record in self._study.records()}
+        while retry_of is not None:
+            if hand_over(self._prepared.paths.checkpoint(retry_of), plan.checkpoint):
+                return
+            retry_of = earlier[retry_of]
 
     def _settle(self, outcome: Outcome) -> None:
         """Tell the study first: it is the source of truth when the process dies in between."""

@@ -1,0 +1,48 @@
+"""The validation rows, scored with many lanes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorasweep.engines.lane import Lane
+from lorasweep.engines.packing import length_batches
+from lorasweep.model.packed_batch import LaneRows, lay_out
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lorasweep.engines.packed import PackedEngine
+
+
+def validation_logits(
+    engine: PackedEngine, lanes: Sequence[Lane], due: Sequence[Lane]
+) -> list[NDArray[np.float32]]:
+    """Score every validation row with some of the lanes.
+
+    Args:
+        engine: Model, rows, and where tokens are counted.
+        lanes: All lanes of the pack, in the order of their weights.
+        due: Those to score with.
+
+    Returns:
+        For each lane of ``due`` its logits, ``(validation rows, labels)``, in row order.
+    """
+    split = engine.validation
+    labels = len(engine.base.label_names)
+    scored = [np.zeros((len(split), labels), dtype=np.float32) for _ in due]
+    nothing = np.zeros(0, dtype=np.int64)
+    with torch.no_grad():
+        for rows in length_batches(split, engine.settings.eval_batch_size):
+            entries = [LaneRows(rows if lane in due else nothing) for lane in lanes]
+            batch = lay_out(
+                split, entries, engine.device, training=False, filled=engine.model.filled
+            )
+            logits: Any = engine.model.forward(batch, training=False).float().cpu().numpy()
+            engine.use.count_tokens(batch)
+            for at, result in enumerate(scored):
+                result[rows] = logits[at * len(rows) : (at + 1) * len(rows)]
+    return scored
