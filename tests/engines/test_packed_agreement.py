@@ -123,11 +123,11 @@ def test_in_bf16_it_is_as_close_to_fp32_as_the_trainer_is(open_tiny, splits, mak
     all activations in bfloat16; so the distances are alike, not equal.
     """
     base = open_tiny("bert", base_dropout=0.0)
-    plans = [make_plan(n, seed=n, learning_rate=5e-4) for n in range(3)]
+    plans = [make_plan(n, seed=n, learning_rate=5e-4) for n in range(12)]
     half = replace(SETTINGS, precision="bf16")
     exact = run(TrainerEngine(base, *splits, SETTINGS), plans)
     trainer = run(TrainerEngine(base, *splits, half), plans)
-    packed = run(PackedEngine(base, *splits, half, 3), plans)
+    packed = run(PackedEngine(base, *splits, half, 6), plans)
 
     def distance(found: Recorder, what: str) -> float:
         pairs = (

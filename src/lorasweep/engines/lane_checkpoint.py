@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from lorasweep.core.errors import Problem, StorageError
 from lorasweep.core.protocols import Reporter
 from lorasweep.core.records import (
     EncodedSplit,
@@ -178,9 +179,24 @@ def tell_again(lane: Lane, reporter: Reporter) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, and what a kill may have left of writing one."""
-    path.unlink(missing_ok=True)
-    writing_path(path).unlink(missing_ok=True)
+    """Remove a checkpoint, and what a kill may have left of writing one.
+
+    Raises:
+        StorageError: It is there and can't be removed.
+    """
+    for old in (path, writing_path(path)):
+        try:
+            old.unlink(missing_ok=True)
+        except NotADirectoryError:
+            return  # a file where the folder should be: whoever writes there will say so
+        except OSError as error:
+            raise StorageError(
+                Problem(
+                    str(old),
+                    f"this checkpoint can't be removed: {error.strerror or error}",
+                    "Make the folder writable, then run the same command again.",
+                )
+            ) from error
 
 
 def hand_over(earlier: Path, path: Path) -> bool:
