@@ -169,40 +169,40 @@ static inline void transpose(float *restrict to, const float *restrict from, int
     for (int64_t j = 0; j < keys; j++) to[d * stride + j] = j < length ? from[j * wide + d] : 0.0f;
 }
 
-/* What of query `i` (its place in the row) is kept of each key, times dropout's scale. */
+/* What of a query is kept of each key, times dropout's scale; `keys` is a multiple of 16. */
 static inline void attention_kept(float *restrict kept, uint64_t *bytes, const Attending *how,
-                                  int64_t token, int64_t head, int64_t length) {
+                                  int64_t token, int64_t head, int64_t keys) {
   uint64_t stream = (uint64_t)how->streams[token] * (uint64_t)(2 * head + 1);
-  random_bytes(bytes, stream, (uint64_t)how->key, (length + 7) / 8);
+  random_bytes(bytes, stream, (uint64_t)how->key, keys / 8);
   const uint8_t *byte = (const uint8_t *)bytes;
   float scale = 256.0f / (256.0f - (float)how->rate);
-  for (int64_t j = 0; j < length; j++) kept[j] = byte[j] >= how->rate ? scale : 0.0f;
+  for (int64_t j = 0; j < keys; j++) kept[j] = byte[j] >= how->rate ? scale : 0.0f;
 }
 
 static inline int unseen(const Attending *how, int64_t i, int64_t j) {
   return how->window && (i - j >= how->window || j - i >= how->window);
 }
 
-/* Softmax of one query's scores in place; returns the logarithm of its sum. */
+/* Softmax of one query's scores in place, 0 beyond the row; returns the logarithm of its sum.
+ *
+ * Loops run to `keys`, a multiple of 16, and not to `length`: what is left over after whole
+ * vectors would be done one by one, and takes longer than all the rest. */
 static inline float softmax(float *restrict score, const Attending *how, int64_t i,
                             int64_t length, int64_t keys) {
+  for (int64_t j = length; j < keys; j++) score[j] = -INFINITY;
+  if (how->window)
+    for (int64_t j = 0; j < length; j++) score[j] = unseen(how, i, j) ? -INFINITY : score[j];
   float most = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : most)
-  for (int64_t j = 0; j < length; j++) {
-    float s = score[j] * how->scaling;
-    if (how->window) s = unseen(how, i, j) ? -INFINITY : s;
-    score[j] = s;
-    most = s > most ? s : most;
-  }
+  for (int64_t j = 0; j < keys; j++) most = score[j] > most ? score[j] : most;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < length; j++) {
-    score[j] = fast_exp(score[j] - most);
+  for (int64_t j = 0; j < keys; j++) {
+    score[j] = fast_exp((score[j] - most) * how->scaling);
     sum += score[j];
   }
   float share = 1.0f / sum;
-  for (int64_t j = 0; j < length; j++) score[j] *= share;
-  for (int64_t j = length; j < keys; j++) score[j] = 0.0f;
-  return most + logf(sum);
+  for (int64_t j = 0; j < keys; j++) score[j] *= share;
+  return most * how->scaling + logf(sum);
 }
 
 #define SCALAR float
@@ -302,8 +302,8 @@ int NAMED(attend)(SCALAR *out, float *sums, const SCALAR *query, const SCALAR *k
             float *weight = s.weight + b * s.keys;
             sums[(q + b) * heads + h] = softmax(weight, how, i + b, length, keys);
             if (how->streams) {
-              attention_kept(s.kept, s.bytes, how, first + i + b, h, length);
-              for (int64_t j = 0; j < length; j++) weight[j] *= s.kept[j];
+              attention_kept(s.kept, s.bytes, how, first + i + b, h, keys);
+              for (int64_t j = 0; j < keys; j++) weight[j] *= s.kept[j];
             }
           }
           weighted_rows(s.out, s.weight, s.value, length, s.wide, s.keys);
@@ -362,20 +362,22 @@ int NAMED(attend_backward)(SCALAR *query_gradient, SCALAR *key_gradient, SCALAR 
               continue;
             }
             float sum = sums[(q + b) * heads + h], inner = 0.0f;
-            for (int64_t j = 0; j < length; j++) {
-              float w = fast_exp(weight[j] * how->scaling - sum);
-              weight[j] = how->window && unseen(how, i + b, j) ? 0.0f : w;
-            }
+            for (int64_t j = 0; j < keys; j++)
+              weight[j] = fast_exp(weight[j] * how->scaling - sum);
+            for (int64_t j = length; j < keys; j++) weight[j] = 0.0f;
+            if (how->window)
+              for (int64_t j = 0; j < length; j++)
+                weight[j] = unseen(how, i + b, j) ? 0.0f : weight[j];
             if (how->streams) {
-              attention_kept(kept, s.bytes, how, first + i + b, h, length);
-              for (int64_t j = 0; j < length; j++) gradient[j] *= kept[j];
-              for (int64_t j = 0; j < length; j++) kept[j] *= weight[j];
+              attention_kept(kept, s.bytes, how, first + i + b, h, keys);
+              for (int64_t j = 0; j < keys; j++) gradient[j] *= kept[j];
+              for (int64_t j = 0; j < keys; j++) kept[j] *= weight[j];
             } else {
-              memcpy(kept, weight, (size_t)length * 4);
+              memcpy(kept, weight, (size_t)keys * 4);
             }
 #pragma omp simd reduction(+ : inner)
-            for (int64_t j = 0; j < length; j++) inner += weight[j] * gradient[j];
-            for (int64_t j = 0; j < length; j++)
+            for (int64_t j = 0; j < keys; j++) inner += weight[j] * gradient[j];
+            for (int64_t j = 0; j < keys; j++)
               gradient[j] = weight[j] * (gradient[j] - inner) * how->scaling;
           }
           add_outer(s.value_gradient, s.kept, s.out, length, s.wide, s.keys);
