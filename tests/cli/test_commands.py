@@ -170,7 +170,7 @@ def test_doctor_describes_the_machine_and_checks_what_the_spec_names(finished):
     folder, _ = finished
     done = command(folder, "doctor", "small.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("torch", "memory", "bf16", "disk", "data", "model", "tracking"):
+    for word in ("torch", "memory", "bf16", "kernels", "disk", "data", "model", "tracking"):
         assert any(line.startswith(word) for line in done.stdout.splitlines()), word
     broken = command(folder, "doctor", "small.yaml", "--set", "data.source.train=nowhere.csv")
     assert broken.returncode == 1

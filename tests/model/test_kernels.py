@@ -10,7 +10,7 @@ import torch
 
 from lorasweep.model import kernel_build, kernels
 from lorasweep.model.kernel_build import KernelBuildError, built_kernels
-from lorasweep.model.kernels import RowPlaces, kernels_for, loaded_kernels
+from lorasweep.model.kernels import RowPlaces, kernels_for, loaded_kernels, why_no_kernels
 from lorasweep.model.packed_attention import (
     AttentionDropout,
     CompiledAttention,
@@ -27,6 +27,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 def test_this_machine_has_compiled_kernels():
     assert loaded_kernels() is not None
+    assert why_no_kernels() is None
     assert kernels_for(torch.zeros(1)) is loaded_kernels()
     assert kernels_for(torch.zeros(1, dtype=torch.float64)) is None
     assert kernels_for(torch.zeros(1, device="meta")) is None
@@ -134,9 +135,8 @@ def test_without_a_compiler_there_is_a_reason_and_torch_goes_on(
         monkeypatch.setenv(name, value)
     with pytest.raises(KernelBuildError, match=said):
         built_kernels()
-    loaded = loaded_kernels.__wrapped__
     with caplog.at_level(logging.INFO, logger=kernels.__name__):
-        assert loaded() is None
+        assert said in kernels._loaded.__wrapped__()
     assert said in caplog.text
 
 
@@ -144,3 +144,11 @@ def test_other_processors_are_not_tried(monkeypatch):
     monkeypatch.setattr(kernel_build.platform, "machine", lambda: "riscv64")
     with pytest.raises(KernelBuildError, match="not tried on Linux riscv64"):
         built_kernels()
+
+
+def test_a_second_openmp_is_refused(monkeypatch, caplog):
+    found = iter([{"/torch/libgomp.so.1"}, {"/torch/libgomp.so.1", "/usr/lib/libgomp.so.1"}])
+    monkeypatch.setattr(kernels, "_openmp_libraries", lambda: next(found))
+    with caplog.at_level(logging.INFO, logger=kernels.__name__):
+        assert "a second OpenMP, /usr/lib/libgomp.so.1" in kernels._loaded.__wrapped__()
+    assert "uses torch's operations" in caplog.text

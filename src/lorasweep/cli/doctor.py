@@ -44,6 +44,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     import psutil
     import torch
 
+    from lorasweep.model.kernels import why_no_kernels
     from lorasweep.model.precision import pick_device, resolve
     from lorasweep.tracking.environment import describe
 
@@ -63,6 +64,8 @@ def _machine() -> Iterator[tuple[str, str]]:
         yield "gpu", "none that torch can use"
     native = resolve("auto", pick_device("auto")) == "bf16"
     yield "bf16", "multiplied natively" if native else "not native; training uses fp32"
+    missing = why_no_kernels()
+    yield "kernels", "compiled for this processor" if missing is None else f"none: {missing}"
     yield "disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here"
 
 

@@ -15,8 +15,8 @@ def keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back to the kernel between steps; else do nothing.
 
     A training step on a CPU frees some hundred megabytes and asks for them again at once.
-    By default glibc returns them, and the kernel clears every page anew: up to a tenth of a
-    step. The process keeps its largest step's memory instead.
+    By default glibc returns them, and the kernel clears every page anew
+    (docs/performance.md says what that took). The process keeps its largest step's memory instead.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -201,20 +201,33 @@ def kernels_for(x: Tensor) -> Kernels | None:
     return loaded_kernels()
 
 
-@cache
 def loaded_kernels() -> Kernels | None:
-    """Load the kernels, compiled before or now; None, with a line in the log, without them."""
+    """Return the kernels, compiled before or now; None, with a line in the log, without them."""
+    found = _loaded()
+    return found if isinstance(found, Kernels) else None
+
+
+def why_no_kernels() -> str | None:
+    """Say in a few words why there are none; None if there are."""
+    found = _loaded()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _loaded() -> Kernels | str:
     before = _openmp_libraries()
     try:
         kernels = Kernels(built_kernels())
     except (KernelBuildError, OSError) as error:
-        _log.info("no compiled kernels: %s; the packed engine uses torch's operations", error)
-        return None
-    # Two of these would each keep a thread spinning on every core.
-    if added := _openmp_libraries() - before:
-        _log.info("no compiled kernels: they would bring a second OpenMP, %s", added.pop())
-        return None
-    return kernels
+        why = str(error)
+    else:
+        # Two of these would each keep a thread spinning on every core.
+        added = _openmp_libraries() - before
+        if not added:
+            return kernels
+        why = f"they would bring a second OpenMP, {added.pop()}"
+    _log.info("no compiled kernels: %s; the packed engine uses torch's operations", why)
+    return why
 
 
 def _openmp_libraries() -> set[str]:

@@ -185,7 +185,7 @@ def filled_up(lane_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
     Sizes that come back are worth more than the few tokens: oneDNN compiles a product anew for
     each size that it hasn't seen lately, and buffers of ever new sizes fragment the heap until
-    each step asks the kernel for fresh pages. Both took a sixth of a step's time.
+    each step asks the kernel for fresh pages (docs/performance.md says what that took).
 
     Args:
         lane_tokens: Tokens of each lane, ``(lanes,)``.
