@@ -2,9 +2,10 @@
  *
  * Compiled for the machine at hand by model/kernel_build.py; model/kernels.py calls them. What
  * they compute is defined by packed_dropout.py and packed_attention.py, which do the same with
- * torch where there is no compiler; tests hold the two to each other. Every loop runs over rows or tokens, and no number of one row ever
- * meets one of another, so a NaN stays in its trial. No option may let the compiler assume
- * that there are no NaNs.
+ * torch where there is no compiler; tests hold the two to each other.
+ *
+ * Every loop runs over rows or tokens, and no number of one row ever meets one of another, so a
+ * NaN stays in its trial. No option may let the compiler assume that there are no NaNs.
  *
  * The file includes itself once for each type of activations: float, and bfloat16 as bits.
  */
@@ -118,6 +119,13 @@ static int scratch_made(Scratch *s, int64_t longest, int64_t width) {
   for (int i = 0; i < 3; i++, at += row) *rows[i] = at;
   s->bytes = (uint64_t *)at;
   return 1;
+}
+
+static inline int64_t longest_row(const Rows *rows) {
+  int64_t longest = 1;
+  for (int64_t r = 0; r < rows->rows; r++)
+    longest = rows->length[r] > longest ? rows->length[r] : longest;
+  return longest;
 }
 
 /* weights[b] = rows[b] . columns, for QUERIES rows at once: (QUERIES, keys). */
@@ -259,6 +267,17 @@ static inline void NAMED(take)(float *restrict to, const SCALAR *restrict from, 
   }
 }
 
+/* Keys and values of a row and head, and the keys' columns. */
+static inline void NAMED(take_row)(Scratch *s, const SCALAR *key, const SCALAR *value,
+                                   const int64_t *strides, int64_t first, int64_t length,
+                                   int64_t head, int64_t width) {
+  const SCALAR *from_key = key + first * strides[2] + head * strides[3];
+  const SCALAR *from_value = value + first * strides[4] + head * strides[5];
+  NAMED(take)(s->key, from_key, length, strides[2], width, s->wide);
+  NAMED(take)(s->value, from_value, length, strides[4], width, s->wide);
+  transpose(s->key_columns, s->key, length, rounded_up(length, 16), s->wide, width, s->keys);
+}
+
 /* Queries start .. start + QUERIES of a row; those beyond its last are zero. */
 static inline void NAMED(take_queries)(float *restrict to, const SCALAR *restrict from,
                                        int64_t count, int64_t row_stride, int64_t width,
@@ -273,10 +292,8 @@ static inline void NAMED(take_queries)(float *restrict to, const SCALAR *restric
 int NAMED(attend)(SCALAR *out, float *sums, const SCALAR *query, const SCALAR *key,
                   const SCALAR *value, const int64_t *strides, const Rows *rows,
                   const Attending *how, int threads) {
-  int64_t heads = how->heads, width = how->width, longest = 1;
+  int64_t heads = how->heads, width = how->width, longest = longest_row(rows);
   int failed = 0;
-  for (int64_t r = 0; r < rows->rows; r++)
-    longest = rows->length[r] > longest ? rows->length[r] : longest;
 #pragma omp parallel num_threads(threads)
   {
     Scratch s;
@@ -290,13 +307,12 @@ int NAMED(attend)(SCALAR *out, float *sums, const SCALAR *query, const SCALAR *k
       for (int64_t h = 0; h < heads; h++) {
         if (!there) continue;
         int64_t length = rows->length[r], first = rows->first[r], keys = rounded_up(length, 16);
-        NAMED(take)(s.value, value + first * strides[4] + h * strides[5], length, strides[4], width, s.wide);
-        NAMED(take)(s.key, key + first * strides[2] + h * strides[3], length, strides[2], width, s.wide);
-        transpose(s.key_columns, s.key, length, keys, s.wide, width, s.keys);
+        NAMED(take_row)(&s, key, value, strides, first, length, h, width);
         for (int64_t i = 0; i < rows->query_count[r]; i += QUERIES) {
           int64_t q = rows->query_first[r] + i, count = rows->query_count[r] - i;
           if (count > QUERIES) count = QUERIES;
-          NAMED(take_queries)(s.query, query + q * strides[0] + h * strides[1], count, strides[0], width, s.wide);
+          const SCALAR *asking = query + q * strides[0] + h * strides[1];
+          NAMED(take_queries)(s.query, asking, count, strides[0], width, s.wide);
           times_columns(s.weight, s.query, s.key_columns, keys, s.wide, width, s.keys);
           for (int64_t b = 0; b < count; b++) {
             float *weight = s.weight + b * s.keys;
@@ -323,10 +339,9 @@ int NAMED(attend_backward)(SCALAR *query_gradient, SCALAR *key_gradient, SCALAR 
                            const SCALAR *grad, const float *sums, const SCALAR *query,
                            const SCALAR *key, const SCALAR *value, const int64_t *strides,
                            const Rows *rows, const Attending *how, int threads) {
-  int64_t heads = how->heads, width = how->width, longest = 1, across = heads * width;
+  int64_t heads = how->heads, width = how->width, longest = longest_row(rows);
+  int64_t across = heads * width;
   int failed = 0;
-  for (int64_t r = 0; r < rows->rows; r++)
-    longest = rows->length[r] > longest ? rows->length[r] : longest;
 #pragma omp parallel num_threads(threads)
   {
     Scratch s;
@@ -340,16 +355,15 @@ int NAMED(attend_backward)(SCALAR *query_gradient, SCALAR *key_gradient, SCALAR 
       for (int64_t h = 0; h < heads; h++) {
         if (!there) continue;
         int64_t length = rows->length[r], first = rows->first[r], keys = rounded_up(length, 16);
-        NAMED(take)(s.value, value + first * strides[4] + h * strides[5], length, strides[4], width, s.wide);
-        NAMED(take)(s.key, key + first * strides[2] + h * strides[3], length, strides[2], width, s.wide);
-        transpose(s.key_columns, s.key, length, keys, s.wide, width, s.keys);
+        NAMED(take_row)(&s, key, value, strides, first, length, h, width);
         transpose(s.value_columns, s.value, length, keys, s.wide, width, s.keys);
         memset(s.key_gradient, 0, (size_t)(length * s.wide) * 4);
         memset(s.value_gradient, 0, (size_t)(length * s.wide) * 4);
         for (int64_t i = 0; i < rows->query_count[r]; i += QUERIES) {
           int64_t q = rows->query_first[r] + i, count = rows->query_count[r] - i;
           if (count > QUERIES) count = QUERIES;
-          NAMED(take_queries)(s.query, query + q * strides[0] + h * strides[1], count, strides[0], width, s.wide);
+          const SCALAR *asking = query + q * strides[0] + h * strides[1];
+          NAMED(take_queries)(s.query, asking, count, strides[0], width, s.wide);
           times_columns(s.weight, s.query, s.key_columns, keys, s.wide, width, s.keys);
           NAMED(take_queries)(s.out, grad + q * across + h * width, count, across, width, s.wide);
           times_columns(s.gradient, s.out, s.value_columns, keys, s.wide, width, s.keys);
