@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from lorasweep.core.records import AdapterPlan, EncodedSplit, TrialPlan
 from lorasweep.data.order import epoch_batches
+from lorasweep.engines import lane_adamw
 from lorasweep.engines.lane_adamw import LaneStep, update
 from lorasweep.engines.packing import (
     Progress,
@@ -84,7 +85,10 @@ def test_length_batches_cover_all_rows_longest_first():
     assert batches == [[1, 3], [4, 2], [0]]
 
 
-def test_lanes_update_as_torchs_own_adamw_after_clipping():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lanes_update_as_torchs_own_adamw_after_clipping(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(lane_adamw, "kernels_for", lambda _: None)
     """Two lanes of different settings and step counts, against two optimizers."""
     settings = [
         {"rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5},
@@ -129,6 +133,22 @@ def test_lanes_update_as_torchs_own_adamw_after_clipping():
                 torch.testing.assert_close(
                     weights.parameter(name)[lane], parameter, rtol=1e-5, atol=1e-6
                 )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_lane_without_a_finite_gradient_is_updated_alone(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(lane_adamw, "kernels_for", lambda _: None)
+    block = Block("a", (3, 2))
+    weights = {bad: LaneWeights(torch.device("cpu")) for bad in (False, True)}
+    for bad, each in weights.items():
+        for _ in range(3):
+            each.add([block], {"a": torch.ones(3, 2)})
+        each.gradients.fill_(0.5)
+        each.gradients[1, 2] = torch.nan if bad else 0.5
+        update(each, [LaneStep(0.1, 0.01, 1.0, 1)] * 3)
+    assert torch.equal(weights[True].weights[[0, 2]], weights[False].weights[[0, 2]])
+    assert weights[True].weights[1].isnan().all()
 
 
 def test_lanes_keep_their_state_when_others_come_go_and_widen_the_layout():

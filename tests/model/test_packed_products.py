@@ -22,6 +22,7 @@ from lorasweep.model.packed_attention import (
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
+from lorasweep.model.packed_modules import AdaptableLinear
 from lorasweep.model.packed_products import (
     adapted_linear,
     grouped_outer,
@@ -223,7 +224,7 @@ def test_layers_below_the_first_adapted_one_are_computed_once(
     rows = LaneRows(np.array([4, 1, 6]), key=5, step=3)
     ran = []
     lowest = next(m for n, m in pack.model.named_modules() if n.endswith(("layer.0", "layers.0")))
-    inner = next(m for m in lowest.modules() if isinstance(m, torch.nn.LayerNorm))
+    inner = next(m for m in lowest.modules() if isinstance(m, AdaptableLinear))
     inner.register_forward_hook(lambda *_: ran.append(1))
     for training in (False, True):
         batch = lay_out(split, [rows], CPU, training=training)

@@ -1,4 +1,4 @@
-"""Compile ``kernels.c`` for the processor at hand, once, and keep the result in the cache.
+"""Compile ``csrc/`` for the processor at hand, once, and keep the result in the cache.
 
 A plain C compiler is all it takes (a second or two). Where there is none, or it fails, the
 packed engine does the same with torch's own operations and says so in its log.
@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = Path(__file__).with_name("csrc")
 # No -ffast-math: it would let the compiler assume that there are no NaNs.
 _FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512"),
@@ -53,7 +53,8 @@ def _identity(compiler: str) -> str:
     version = _said([compiler, "--version"])
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = next((line for line in processor.splitlines() if line.startswith("flags")), "")
-    parts = [_SOURCE.read_text(encoding="utf-8"), version, flags, *_FLAGS]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
+    parts = [*sources, version, flags, *_FLAGS]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -61,7 +62,7 @@ def _compile(compiler: str, library: Path) -> None:
     # Next to its place, then renamed: two sweeps may start at once.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
-        _said([compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"])
+        _said([compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "kernels.c"), "-lm"])
         made.replace(library)
 
 

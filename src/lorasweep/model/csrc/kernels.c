@@ -1,0 +1,34 @@
+/* The packed engine's own loops on a CPU.
+ *
+ * Compiled for the machine at hand by model/kernel_build.py; model/kernels.py calls them. What
+ * they compute is defined in Python, where torch does the same for every other device and for
+ * machines without a compiler; tests hold the two to each other.
+ *
+ * Every loop runs over rows or tokens, and no number of one row ever meets one of another, so a
+ * NaN stays in its trial. No option may let the compiler assume that there are no NaNs.
+ */
+#include "numbers.h"
+
+#include "adamw.h"
+#include "attention_rows.h"
+
+/* Once for each type of activations. */
+#define SCALAR float
+#define NAMED(name) name##_float
+#define WIDEN widen_float
+#define NARROW narrow_float
+#include "attention.h"
+#include "dropout.h"
+#include "residual_norm.h"
+#undef SCALAR
+#undef NAMED
+#undef WIDEN
+#undef NARROW
+
+#define SCALAR bf16
+#define NAMED(name) name##_bf16
+#define WIDEN widen_bf16
+#define NARROW narrow_bf16
+#include "attention.h"
+#include "dropout.h"
+#include "residual_norm.h"
