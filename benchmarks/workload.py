@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.core.records import AdapterPlan, TextSplit, TrialPlan
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import AdapterPlan, TrialPlan
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RANKS = (4, 8, 16, 32)

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
-from lorasweep.core.records import (
-    AdapterPlan,
-    EncodedSplit,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-    TrialState,
-    Verdict,
-)
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines import packed as packed_module
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lorasweep.core.errors import ConflictError, StorageError
-from lorasweep.core.records import Outcome, TrialFacts, TrialState
+from lorasweep.core.outcomes import Outcome, TrialFacts, TrialState
 from lorasweep.search.lease import LEASE_SECONDS, Owner
 from lorasweep.search.study import Study
 from lorasweep.spec.schema import SearchSpec

@@ -8,8 +8,8 @@ import pytest
 
 from lorasweep import load_report, load_spec, report_sweep, run_sweep
 from lorasweep.core.errors import ConflictError, InputError, NothingToReportError
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import SweepPaths, sweep_paths
-from lorasweep.core.records import TrialState
 from lorasweep.search.study import Study
 from lorasweep.sweep.events import TrialEnded, TrialEvaluated, TrialStarted, Warned
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
