@@ -14,8 +14,8 @@ import functools
 
 from packed_contender import packed
 from scores import summary
-from turns import Contender, command_line, parse, run
-from workload import add_work, work_of
+from turns import Contender
+from workload import time_trials
 
 _top = functools.partial(packed, top_layers=2, base_dropout=0.0)
 
@@ -54,18 +54,8 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, CONTENDERS, tuple(CONTENDERS))
-    add_work(parser, epochs=(1, 3, 2, 2))
-    parser.set_defaults(lanes=8)
-    arguments = parse(parser, CONTENDERS)
-    work = work_of(arguments)
-    run(
-        arguments,
-        CONTENDERS,
-        work,
-        lambda taken: summary(taken, CONTENDERS),
-        described={"model": work.model, **work.described()},
-    )
+    summarise = functools.partial(summary, contenders=CONTENDERS)
+    time_trials(__doc__, CONTENDERS, tuple(CONTENDERS), summarise, epochs=(1, 3, 2, 2), lanes=8)
 
 
 if __name__ == "__main__":

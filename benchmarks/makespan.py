@@ -7,11 +7,13 @@ python benchmarks/makespan.py --trials 4 --train-rows 640 --validation-rows 200 
 
 from __future__ import annotations
 
+import functools
+
 from packed_contender import packed, trainer_engine
 from scores import summary
 from transformers_contender import trainer_search
-from turns import Contender, command_line, parse, run
-from workload import add_work, work_of
+from turns import Contender
+from workload import time_trials
 
 CONTENDERS = {
     "packed": Contender(packed, "lorasweep's packed engine"),
@@ -33,17 +35,8 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, CONTENDERS, ("packed", "tuned", "as shipped"))
-    add_work(parser)
-    arguments = parse(parser, CONTENDERS)
-    work = work_of(arguments)
-    run(
-        arguments,
-        CONTENDERS,
-        work,
-        lambda taken: summary(taken, CONTENDERS),
-        described={"model": work.model, **work.described()},
-    )
+    summarise = functools.partial(summary, contenders=CONTENDERS)
+    time_trials(__doc__, CONTENDERS, ("packed", "tuned", "as shipped"), summarise)
 
 
 if __name__ == "__main__":

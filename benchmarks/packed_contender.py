@@ -13,15 +13,9 @@ from unittest import mock
 import numpy as np
 from workload import DROPOUT, EVAL_BATCH_SIZE, LABELS, MAX_LENGTH, Work, read
 
-from lorasweep.core.records import (
-    EncodedSplit,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-    Verdict,
-)
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, Verdict
+from lorasweep.core.plans import EngineSettings, TrialPlan
 
 
 class BestScores:

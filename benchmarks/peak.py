@@ -25,7 +25,8 @@ from turns import Contender, Results, columns, command_line, parse, run
 from useful_flops import Shape, counted_by_torch, useful_flops
 from workload import BATCH_SIZE, EVAL_BATCH_SIZE, Work, add_work, work_of
 
-from lorasweep.core.records import EngineSettings, StepReport
+from lorasweep.core.outcomes import StepReport
+from lorasweep.core.plans import EngineSettings
 
 _WARM_UP = 3
 _SHORTEST = 0.01  # seconds that a timed product is repeated for

@@ -15,8 +15,8 @@ from typing import Any
 
 from packed_contender import packed
 from scores import summary
-from turns import Contender, Results, columns, command_line, parse, run
-from workload import add_work, work_of
+from turns import Contender, Results, columns
+from workload import time_trials
 
 CONTENDERS = {
     "refilled": Contender(packed, "a lane that ends is given the next trial at the next step"),
@@ -50,13 +50,7 @@ def busy(taken: Results) -> tuple[dict[str, Any], str]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, CONTENDERS, tuple(CONTENDERS))
-    add_work(parser, epochs=(1, 4, 2, 3))
-    parser.set_defaults(lanes=4)
-    arguments = parse(parser, CONTENDERS)
-    work = work_of(arguments)
-    described = {"model": work.model, **work.described()}
-    run(arguments, CONTENDERS, work, busy, described=described)
+    time_trials(__doc__, CONTENDERS, tuple(CONTENDERS), busy, epochs=(1, 4, 2, 3), lanes=4)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from workload import (
     read,
 )
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 
 LOW, HIGH = 1e-4, 2e-3
 TIMES_RANK = (1.0, 2.0, 4.0)

@@ -126,7 +126,7 @@ def counted_by_torch(base: Any, length: int, rank: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lorasweep.core.records import AdapterPlan
+    from lorasweep.core.plans import AdapterPlan
     from lorasweep.model.adapter import attach
     from lorasweep.model.base import fresh_classifier
 

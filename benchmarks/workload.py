@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.core.records import AdapterPlan, TextSplit, TrialPlan
+from turns import Contender, Summary, command_line, parse, run
+
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import AdapterPlan, TrialPlan
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RANKS = (4, 8, 16, 32)
@@ -122,6 +126,33 @@ def work_of(arguments: argparse.Namespace, **more: Any) -> Work:
         turn=arguments.turn,
         **more,
     )
+
+
+def time_trials(
+    description: str | None,
+    contenders: Mapping[str, Contender],
+    default: Sequence[str],
+    summarise: Summary,
+    *,
+    epochs: tuple[int, ...] = (2,),
+    lanes: int | str = "auto",
+) -> None:
+    """Read the command line and let the contenders do the same fixed trials.
+
+    Args:
+        description: What is timed, and how it is called.
+        contenders: By name.
+        default: Names of those who take part when none are named.
+        summarise: As :func:`turns.run` takes it.
+        epochs, lanes: Of the work, where the command line doesn't say.
+    """
+    parser = command_line(description, contenders, default)
+    add_work(parser, epochs=epochs)
+    parser.set_defaults(lanes=lanes)
+    arguments = parse(parser, contenders)
+    work = work_of(arguments)
+    described = {"model": work.model, **work.described()}
+    run(arguments, contenders, work, summarise, described=described)
 
 
 def read(work: Work) -> tuple[TextSplit, TextSplit]:

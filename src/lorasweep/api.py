@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.core.errors import NothingToReportError, Problem, SpecError
-from lorasweep.core.records import FinishedSweep
+from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.deploy.export import export
 from lorasweep.executors.in_process import OpenSweep, finish, must_exist, open_sweep, train
 from lorasweep.report.json_report import load_report

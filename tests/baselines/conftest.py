@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import EngineSettings
 from lorasweep.core.protocols import Baseline
-from lorasweep.core.records import EngineSettings, TextSplit
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 

@@ -8,8 +8,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from lorasweep.core.corpora import TextSplit
 from lorasweep.core.protocols import Baseline
-from lorasweep.core.records import TextSplit
 from lorasweep.spec.schema import BaselineName
 
 NAMES = get_args(BaselineName)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorasweep.baselines.majority import MajorityBaseline
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 
 
 def test_frequencies_of_training_for_every_text(split: Callable[..., TextSplit]) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from lorasweep.baselines.linear_probe import LinearProbeBaseline
 from lorasweep.baselines.untrained import UntrainedBaseline
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import EngineSettings
 from lorasweep.core.protocols import Baseline
-from lorasweep.core.records import EngineSettings, TextSplit
 from lorasweep.data.embedded import generate_reviews
 from lorasweep.model.base import Base, fresh_classifier, open_base
 from lorasweep.spec.schema import ModelSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorasweep.baselines.tfidf import TfidfBaseline
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 
 
 def predicted(train: TextSplit, texts: list[str]) -> list[int]:

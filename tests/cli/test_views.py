@@ -1,6 +1,6 @@
 from lorasweep.cli.console import open_console
 from lorasweep.cli.views import LiveView, PlainView, QuietView, format_parameters
-from lorasweep.core.records import TrialFacts, TrialRecord, TrialState
+from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
 from lorasweep.sweep.events import (
     Said,
     SweepStarted,

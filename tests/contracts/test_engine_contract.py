@@ -17,19 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.core.protocols import Engine
-from lorasweep.core.records import (
-    AdapterPlan,
-    EncodedSplit,
-    EngineSettings,
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.outcomes import (
     EpochEvaluation,
     Outcome,
     StepReport,
     TrialFacts,
-    TrialPlan,
     TrialState,
     Verdict,
 )
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
+from lorasweep.core.protocols import Engine
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.base import Base, open_base

@@ -18,9 +18,10 @@ import pytest
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 
+from lorasweep.core.corpora import Corpus, TextSplit
 from lorasweep.core.errors import TrackingError
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.protocols import Tracker
-from lorasweep.core.records import Corpus, TextSplit, TrialState
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 FINAL = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 from lorasweep.data.cleaning import thin, tidy, word_count, words
 from lorasweep.spec.schema import CleanSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 from lorasweep.data.leakage import measure_leakage
 
 SENTENCES = st.lists(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lorasweep.core.corpora import TextSplit
 from lorasweep.core.errors import DataError
-from lorasweep.core.records import TextSplit
 from lorasweep.data.containment import containments, short_hosts, unique_texts
 from lorasweep.data.files import read_file
 from lorasweep.data.leakage import measure_leakage

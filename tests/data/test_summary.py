@@ -1,12 +1,6 @@
 import numpy as np
 
-from lorasweep.core.records import (
-    CleaningReport,
-    Corpus,
-    EncodedSplit,
-    LeakageReport,
-    TextSplit,
-)
+from lorasweep.core.corpora import CleaningReport, Corpus, EncodedSplit, LeakageReport, TextSplit
 from lorasweep.data.summary import facts, leaks
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import BertTokenizerFast
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 from lorasweep.data.tokens import encode
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "##s"]

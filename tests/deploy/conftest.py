@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.deploy.export import export
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier, open_base

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorasweep.core.records import AdapterPlan, EncodedSplit, TrialPlan
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import AdapterPlan, TrialPlan
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 

@@ -15,17 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasweep.core.errors import StorageError
-from lorasweep.core.records import (
-    AdapterPlan,
-    EngineSettings,
+from lorasweep.core.outcomes import (
     EpochEvaluation,
     Outcome,
     StepReport,
     TrialFacts,
-    TrialPlan,
     TrialState,
     Verdict,
 )
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_checkpoint import hand_over
 from lorasweep.engines.pack_run import PackRun

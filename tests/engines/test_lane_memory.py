@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.core.records import AdapterPlan, EncodedSplit, EngineSettings
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
 from lorasweep.engines.packed import PackedEngine
@@ -88,7 +89,7 @@ def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, ma
         def started(self, trial, facts): ...
         def stepped(self, report): ...
         def evaluated(self, evaluation):
-            from lorasweep.core.records import Verdict
+            from lorasweep.core.outcomes import Verdict
 
             return Verdict(keep=False, go_on=True)
 

@@ -1,4 +1,4 @@
-"""What only a pack has: neighbours, refill, shrinking, memory, tokens that are all real."""
+"""What only a pack has: refill, shrinking, memory, tokens that are all real."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
-from lorasweep.core.records import (
-    AdapterPlan,
-    EncodedSplit,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-    TrialState,
-    Verdict,
-)
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines import packed as packed_module
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
@@ -117,21 +109,6 @@ def same(one: Recorder, other: Recorder, trial: int, tolerance: float) -> None:
     )
     for a, b in zip(one.logits[trial], other.logits[trial], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
-
-
-def test_neighbours_lane_and_refill_change_nothing_dropout_included(engine, plan):
-    mine = plan(9, epochs=3)
-    alone = run(engine(1), [mine])
-    first = run(engine(4), [mine, plan(1, batch_size=3), plan(2), plan(3, epochs=1)])
-    others = [
-        plan(4, epochs=1, adapter=AdapterPlan(16, 4.0, 0.5, ("all-linear",))),
-        plan(5, epochs=3, learning_rate=0.1),
-        plan(6, batch_size=16),
-    ]
-    refilled = run(engine(2), [*others[:2], mine, others[2]])
-    assert refilled.facts[9].lane == 0  # the place of the one that ended
-    same(alone, first, 9, NEIGHBOURS)
-    same(alone, refilled, 9, NEIGHBOURS)
 
 
 def test_a_lane_is_refilled_at_the_next_step_and_nobody_waits(engine, plan):

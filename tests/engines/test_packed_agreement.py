@@ -14,18 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.core.protocols import Engine
-from lorasweep.core.records import (
-    AdapterPlan,
-    EncodedSplit,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-    TrialState,
-    Verdict,
-)
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 

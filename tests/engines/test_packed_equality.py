@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.core.records import (
-    AdapterPlan,
-    EncodedSplit,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-    TrialState,
-    Verdict,
-)
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.base import Base, open_base

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lorasweep.core.records import AdapterPlan, EncodedSplit, TrialPlan
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import AdapterPlan, TrialPlan
 from lorasweep.data.order import epoch_batches
 from lorasweep.engines import lane_adamw
 from lorasweep.engines.lane_adamw import LaneStep, update

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.engines.packing import Progress, length_batches
 from lorasweep.model.base import open_base
 from lorasweep.model.packed_batch import LaneRows, PackedBatch, lay_out

@@ -12,14 +12,8 @@ import pytest
 import torch
 
 from lorasweep.core.errors import ModelError, StorageError
-from lorasweep.core.records import (
-    AdapterPlan,
-    EngineSettings,
-    EpochEvaluation,
-    StepReport,
-    TrialState,
-    Verdict,
-)
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialState, Verdict
+from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import epoch_batches
 from lorasweep.engines import trainer as trainer_module

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 
 Make = Callable[..., Predictions]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasweep.core.errors import DivergedError
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 from lorasweep.evaluation.metrics import (
     ClassificationMetric,
     detail,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 

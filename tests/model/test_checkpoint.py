@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasweep.core.errors import ModelError, StorageError
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
 from lorasweep.model.checkpoint import load_finetuned, merge, save_adapter

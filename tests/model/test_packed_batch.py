@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.packed_batch import LaneRows, filled_up, lay_out
 
 CPU = torch.device("cpu")

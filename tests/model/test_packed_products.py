@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasweep.core.errors import ModelError
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
 from lorasweep.model.packed_attention import (

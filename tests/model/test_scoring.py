@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model import scoring
 from lorasweep.model.base import fresh_classifier
 from lorasweep.model.scoring import pad_rows, predict_logits

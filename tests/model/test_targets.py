@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasweep.core.errors import ModelError
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import (
     adapted_modules,
     attach,

@@ -8,17 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorasweep.core.records import (
-    CleaningReport,
-    Corpus,
-    FinishedSweep,
-    LeakageReport,
-    Predictions,
-    TextSplit,
-    TrialFacts,
-    TrialRecord,
-    TrialState,
-)
+from lorasweep.core.corpora import CleaningReport, Corpus, LeakageReport, TextSplit
+from lorasweep.core.outcomes import FinishedSweep, Predictions, TrialFacts, TrialRecord, TrialState
 
 Make = Callable[..., FinishedSweep]
 

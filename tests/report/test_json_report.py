@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from lorasweep.core.engine_use import EngineUse
 from lorasweep.core.errors import DataError
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 from lorasweep.report.collect import collect
 from lorasweep.report.json_report import SCHEMA_FILE, load_report, results, to_text
 

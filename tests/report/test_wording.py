@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorasweep.core.records import TrialState
+from lorasweep.core.outcomes import TrialState
 from lorasweep.report import drawing, wording
 from lorasweep.report.collect import collect
 

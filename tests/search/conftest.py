@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sqlalchemy
 
-from lorasweep.core.records import EpochEvaluation, Outcome, TrialState, Verdict
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialState, Verdict
 from lorasweep.search.lease import Owner
 from lorasweep.search.ledger import open_storage
 from lorasweep.search.study import Asked, Study

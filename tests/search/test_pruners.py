@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from lorasweep.core.records import Outcome, TrialState
+from lorasweep.core.outcomes import Outcome, TrialState
 from lorasweep.search.pruners import build_pruner, rung_reached, rungs
 from lorasweep.spec.schema import PrunerSpec
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorasweep.core.errors import SpecError
-from lorasweep.core.records import Outcome, TrialState
+from lorasweep.core.outcomes import Outcome, TrialState
 from lorasweep.search import samplers
 from lorasweep.search.study import Study
 from lorasweep.spec.schema import SamplerSpec, SearchSpec

@@ -122,6 +122,42 @@ def test_what_is_wrong_is_said_with_its_place(write, change, sentence):
     assert any(sentence in problem for problem in problems(write(GOOD.replace(*change))))
 
 
+@pytest.mark.parametrize(
+    ("alpha", "sentence"),
+    [
+        ("{choices: [8, 2000000]}", "must be a number > 0 and ≤ 1000000, got 2000000."),
+        ("{low: 1, high: 1e7}", "must be a number > 0 and ≤ 1000000, got 10000000.0."),
+    ],
+)
+def test_an_alpha_beyond_its_limit_is_told_the_limit_and_what_to_do(write, alpha, sentence):
+    path = write(GOOD.replace("{times_rank: [1, 2]}", alpha))
+    assert problems(path) == [
+        f"x.yaml:9 search.space.alpha: {sentence} "
+        "Lower it, or search the scaling alpha / rank with {times_rank: [1, 2]} instead."
+    ]
+
+
+def test_an_alpha_below_its_limit_is_told_that_one(write):
+    path = write(GOOD.replace("{times_rank: [1, 2]}", "{choices: [0, 8]}"))
+    assert problems(path) == ["x.yaml:9 search.space.alpha: must be a number > 0, got 0."]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limits"),
+    [("rank", 5000, "≥ 1 and ≤ 4096"), ("batch_size", 100_000, "≥ 1 and ≤ 65536")],
+)
+def test_every_limit_is_named_to_who_goes_beyond_it(write, key, value, limits):
+    in_space = write(
+        GOOD.replace("    rank: {choices: [4, 8]}", f"    {key}: {{choices: [{value}]}}")
+    )
+    assert problems(in_space)[0].endswith(f"must be a whole number {limits}, got {value}.")
+    as_point = write(
+        "name: p\ndata: {source: {kind: embedded}}\n"
+        f"search: {{sampler: {{kind: points, points: [{{{key}: {value}}}]}}}}\n"
+    )
+    assert problems(as_point)[0].endswith(f"must be a whole number {limits}, got {value}.")
+
+
 def test_a_grid_needs_values_to_enumerate(write):
     path = write(GOOD.replace("  trials: 4", "  trials: 4\n  sampler: {kind: grid}"))
     assert "a grid needs choices, or a range with a step, for learning_rate" in problems(path)[0]

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.spec.resolve import adapters_in, fingerprint, identity, plan_trial
 from lorasweep.spec.schema import Spec
 

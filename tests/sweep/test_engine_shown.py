@@ -6,8 +6,8 @@ import re
 import pytest
 
 from lorasweep import load_report, load_spec, run_sweep
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
-from lorasweep.core.records import TrialState
 from lorasweep.sweep.engine_ledger import kept
 from lorasweep.sweep.events import Said, SweepStarted, TrialEvaluated
 from lorasweep.tracking.mlflow_tracker import MlflowTracker

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lorasweep import load_spec, run_sweep
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
-from lorasweep.core.records import TrialState
 from lorasweep.search.study import Study
 from lorasweep.sweep import worker
 from lorasweep.sweep.events import (

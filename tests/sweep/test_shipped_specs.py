@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from lorasweep import load_report, load_spec, run_sweep
-from lorasweep.core.records import TrialState
+from lorasweep.core.outcomes import TrialState
 from lorasweep.data.embedded import generate_reviews
 
 SPECS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from lorasweep.core.records import Corpus, TextSplit
+from lorasweep.core.corpora import Corpus, TextSplit
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 

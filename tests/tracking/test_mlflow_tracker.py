@@ -10,8 +10,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from lorasweep.core.corpora import Corpus
 from lorasweep.core.errors import TrackingError
-from lorasweep.core.records import Corpus, TrialState
+from lorasweep.core.outcomes import TrialState
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 

@@ -6,8 +6,8 @@ from lorasweep.baselines.linear_probe import LinearProbeBaseline
 from lorasweep.baselines.majority import MajorityBaseline
 from lorasweep.baselines.tfidf import TfidfBaseline
 from lorasweep.baselines.untrained import UntrainedBaseline
+from lorasweep.core.plans import EngineSettings
 from lorasweep.core.protocols import Baseline
-from lorasweep.core.records import EngineSettings
 from lorasweep.model.base import Base
 
 

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 from lorasweep.baselines.majority import label_shares, spread
 from lorasweep.baselines.untrained import unlabelled
-from lorasweep.core.records import EngineSettings, TextSplit
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import EngineSettings
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.precision import pick_device, resolve

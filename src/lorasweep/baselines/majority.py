@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

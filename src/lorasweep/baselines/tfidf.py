@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 
 from lorasweep.baselines.majority import label_shares, spread
-from lorasweep.core.records import TextSplit
+from lorasweep.core.corpora import TextSplit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

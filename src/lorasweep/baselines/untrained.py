@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import softmax
 
-from lorasweep.core.records import EngineSettings, TextSplit
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.plans import EngineSettings
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.precision import pick_device

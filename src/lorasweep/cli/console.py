@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorasweep.cli.views import LiveView, PlainView, QuietView, View, format_parameters
-from lorasweep.core.records import FinishedSweep, TrialRecord
+from lorasweep.core.outcomes import FinishedSweep, TrialRecord
 from lorasweep.sweep.events import Event, Said, Warned
 
 if TYPE_CHECKING:

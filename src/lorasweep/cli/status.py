@@ -17,8 +17,8 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     spec = read_spec(spec_file, overrides)
 
     from lorasweep.cli.console import print_json, print_trials
+    from lorasweep.core.outcomes import TrialState
     from lorasweep.core.paths import sweep_paths
-    from lorasweep.core.records import TrialState
     from lorasweep.search.study import Study
 
     paths = sweep_paths(spec.output, spec.name)

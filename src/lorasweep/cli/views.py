@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.core.outcomes import TrialRecord, TrialState
 from lorasweep.core.paths import run_name
-from lorasweep.core.records import TrialRecord, TrialState
 from lorasweep.sweep.events import (
     Event,
     Said,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasweep.core.errors import Problem, SpecError
-from lorasweep.core.records import CHECKPOINT
+from lorasweep.core.plans import CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,16 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lorasweep.core.records import (
-    Corpus,
+from lorasweep.core.corpora import Corpus, TextSplit
+from lorasweep.core.outcomes import (
     EpochEvaluation,
     Outcome,
-    ParameterValue,
     StepReport,
-    TextSplit,
     TrialFacts,
-    TrialPlan,
     TrialState,
     Verdict,
 )
+from lorasweep.core.plans import ParameterValue, TrialPlan
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorasweep.core.records import CleaningReport, TextSplit
+from lorasweep.core.corpora import CleaningReport, TextSplit
 from lorasweep.spec.schema import CleanSpec
 
 # Scripts that write without spaces, where a character does a word's work: Thai, Lao, Myanmar,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lorasweep.core.corpora import CleaningReport, Corpus, TextSplit
 from lorasweep.core.errors import DataError, Problem
-from lorasweep.core.records import CleaningReport, Corpus, TextSplit
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.cleaning import take, thin, tidy
 from lorasweep.data.labels import Labelled, check_counts, read_labels

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from lorasweep.core.records import LeakageReport, TextSplit
+from lorasweep.core.corpora import LeakageReport, TextSplit
 from lorasweep.data.cleaning import words
 
 Words: TypeAlias = tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorasweep.core.records import Corpus, EncodedSplit
+from lorasweep.core.corpora import Corpus, EncodedSplit
 
 
 def facts(corpus: Corpus, encoded: Iterable[EncodedSplit] = ()) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasweep.core.records import EncodedSplit, TextSplit
+from lorasweep.core.corpora import EncodedSplit, TextSplit
 
 _ROWS_AT_ONCE = 1000
 

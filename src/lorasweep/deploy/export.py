@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lorasweep.core.corpora import TextSplit
 from lorasweep.core.errors import InputError, LoraSweepError, Problem, StorageError
-from lorasweep.core.records import TextSplit
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import Base, quiet_transformers
 from lorasweep.model.checkpoint import load_finetuned, merge

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorasweep.core.corpora import TextSplit
 from lorasweep.core.errors import DataError, InputError, ModelError, Problem
-from lorasweep.core.records import TextSplit
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import quiet_transformers
 from lorasweep.model.encoders import position_limit

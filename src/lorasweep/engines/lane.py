@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftModel
 
-from lorasweep.core.records import EpochEvaluation, Outcome, StepReport, TrialPlan, TrialState
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialState
+from lorasweep.core.plans import TrialPlan
 from lorasweep.engines.packing import Progress
 from lorasweep.model.lane_weights import LaneState
 from lorasweep.model.packed_batch import PackedBatch

@@ -19,14 +19,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import Problem, StorageError
+from lorasweep.core.outcomes import StepReport, TrialState
+from lorasweep.core.plans import TrialPlan
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import (
-    EncodedSplit,
-    StepReport,
-    TrialPlan,
-    TrialState,
-)
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_file import UnfitError, fill_lane, lane_content, read_lane
 from lorasweep.model.base import Base

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lorasweep.core.records import EpochEvaluation, StepReport
+from lorasweep.core.outcomes import EpochEvaluation, StepReport
 from lorasweep.engines.lane import Lane
 from lorasweep.model.lane_weights import LaneState
 from lorasweep.model.packed_lora import trained_parameters

@@ -9,7 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from lorasweep.core.records import AdapterPlan, EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.engines.packing import length_batches
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier

@@ -15,14 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from lorasweep.core.errors import StorageError
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState
+from lorasweep.core.plans import TrialPlan
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import (
-    EpochEvaluation,
-    Outcome,
-    TrialFacts,
-    TrialPlan,
-    TrialState,
-)
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_adamw import LaneStep, update
 from lorasweep.engines.lane_checkpoint import discard, tell_again

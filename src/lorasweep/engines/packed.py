@@ -16,8 +16,10 @@ from typing import Literal
 
 import torch
 
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.outcomes import Outcome
+from lorasweep.core.plans import EngineSettings, TrialPlan
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import EncodedSplit, EngineSettings, Outcome, TrialPlan
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines.lane import Lane, PackUse
 from lorasweep.engines.lane_checkpoint import LaneCheckpoints

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorasweep.core.records import EncodedSplit, TrialPlan
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import TrialPlan
 from lorasweep.data.order import epoch_batches, steps_per_epoch
 
 if TYPE_CHECKING:

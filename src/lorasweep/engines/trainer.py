@@ -30,15 +30,11 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import DivergedError, ModelError, Problem, StorageError
+from lorasweep.core.outcomes import Outcome, TrialState
+from lorasweep.core.plans import EngineSettings, TrialPlan
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import (
-    EncodedSplit,
-    EngineSettings,
-    Outcome,
-    TrialPlan,
-    TrialState,
-)
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import steps_per_epoch
 from lorasweep.engines.lane_checkpoint import discard

@@ -18,15 +18,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import DivergedError
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts
+from lorasweep.core.plans import TrialPlan
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import (
-    EncodedSplit,
-    EpochEvaluation,
-    StepReport,
-    TrialFacts,
-    TrialPlan,
-)
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import epoch_batches, steps_per_epoch
 from lorasweep.model.adapter import adapted_modules, count_parameters

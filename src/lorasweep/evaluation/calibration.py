@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 
 
 @dataclass(frozen=True, slots=True)

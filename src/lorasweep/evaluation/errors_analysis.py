@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import fisher_exact
 
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 from lorasweep.evaluation.calibration import Calibration, calibration
 from lorasweep.evaluation.patterns import Kind, kinds_of
 from lorasweep.evaluation.significance import holm

@@ -19,7 +19,7 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from lorasweep.core.errors import DivergedError
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 
 _SMALLEST = float(np.finfo(np.float64).eps)  # as scikit-learn's log_loss clips
 

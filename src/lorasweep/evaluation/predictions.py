@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorasweep.core.errors import DataError, Problem
-from lorasweep.core.records import Predictions
+from lorasweep.core.outcomes import Predictions
 
 COLUMNS = ("model", "id", "text", "label", "predicted")
 

@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from lorasweep.core.engine_use import in_mebibytes
 from lorasweep.core.errors import ConflictError, ModelError, NothingToReportError, Problem
+from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
-from lorasweep.core.records import FinishedSweep
 from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.lane_memory import lane_bytes
 from lorasweep.engines.packed import PackedEngine

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lorasweep.core.errors import ModelError, Problem
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.base import Base, FreshClassifier, seeded
 from lorasweep.model.targets import linear_modules, resolve_targets, short_names
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.kernels import RowPlaces
 from lorasweep.model.packed_attention import Buckets, make_buckets
 from lorasweep.model.packed_dropout import token_keys

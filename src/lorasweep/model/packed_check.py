@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError, Problem
-from lorasweep.core.records import EncodedSplit
 from lorasweep.model.base import Base, FreshClassifier
 from lorasweep.model.lane_weights import Block
 from lorasweep.model.packed_batch import LaneRows, lay_out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasweep.core.records import EncodedSplit
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.packed_batch import LaneRows, PackedBatch, lay_out
 from lorasweep.model.packed_modules import KeyedDropout
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lorasweep.core.errors import ModelError, Problem
-from lorasweep.core.records import Precision
+from lorasweep.core.plans import Precision
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorasweep.core.records import EncodedSplit, Precision
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import Precision
 from lorasweep.model.precision import resolve
 
 if TYPE_CHECKING:

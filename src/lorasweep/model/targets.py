@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasweep.core.errors import ModelError, Problem
-from lorasweep.core.records import AdapterPlan
+from lorasweep.core.plans import AdapterPlan
 
 AUTO = ("auto",)
 ALL_LINEAR = ("all-linear",)

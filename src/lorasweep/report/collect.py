@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasweep.core.records import FinishedSweep, Predictions, TextSplit, TrialRecord
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.outcomes import FinishedSweep, Predictions, TrialRecord
 from lorasweep.core.seeding import derive_seed
 from lorasweep.evaluation.errors_analysis import analyse_errors
 from lorasweep.evaluation.intervals import f1_difference, wilson

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.core.records import FinishedSweep
+from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.evaluation.errors_analysis import ErrorAnalysis
 from lorasweep.evaluation.intervals import Interval
 from lorasweep.evaluation.metrics import ClassificationDetail

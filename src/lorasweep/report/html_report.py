@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorasweep.core.engine_use import in_mebibytes
-from lorasweep.core.records import TrialRecord, TrialState
+from lorasweep.core.outcomes import TrialRecord, TrialState
 from lorasweep.evaluation.significance import format_p
 from lorasweep.report.findings import Findings, Sample
 from lorasweep.report.wording import verdict_sentence

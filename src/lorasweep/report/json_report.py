@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.errors import DataError, Problem
-from lorasweep.core.records import JsonValue, TrialRecord
+from lorasweep.core.outcomes import TrialRecord
 from lorasweep.report.findings import Comparison, Findings, TestResult
 from lorasweep.report.wording import verdict_sentence
 
+JsonValue = Any  # what json.dumps takes; mypy has no good recursive word for it
 SCHEMA_VERSION = "1.0"
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 _TESTED = {  # key in the JSON -> key of the metric

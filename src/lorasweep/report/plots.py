@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lorasweep.core.records import TrialRecord, TrialState
+from lorasweep.core.outcomes import TrialRecord, TrialState
 from lorasweep.report.drawing import (
     BLACK,
     BLUE,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from lorasweep.core.records import FinishedSweep, TrialState
+from lorasweep.core.outcomes import FinishedSweep, TrialState
 from lorasweep.evaluation.significance import state_p
 from lorasweep.report.findings import FINETUNED, Comparison, TestResult
 

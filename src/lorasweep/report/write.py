@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasweep.core.errors import InputError, Problem, StorageError
-from lorasweep.core.records import FinishedSweep
+from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.evaluation.predictions import write_predictions
 from lorasweep.report import plots
 from lorasweep.report.collect import collect

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.core.errors import Problem, StorageError
-from lorasweep.core.records import TrialFacts, TrialRecord, TrialState
+from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
 from lorasweep.search import points
 
 # Optuna tells of every trial at INFO; lorasweep's own console does that.

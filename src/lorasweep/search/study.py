@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.core.errors import SpecError
-from lorasweep.core.records import (
+from lorasweep.core.outcomes import (
     EpochEvaluation,
     Outcome,
     TrialFacts,

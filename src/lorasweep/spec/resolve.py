@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasweep.core.records import AdapterPlan, EngineSettings, TrialPlan
+from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.spec.schema import Spec
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from lorasweep.core.records import Precision, Scheduler
+from lorasweep.core.plans import Precision, Scheduler
 from lorasweep.spec.space import FloatRange, Frozen, Scalar, Space, check_value
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -184,8 +184,31 @@ def check_value(key: str, value: Any) -> str:
         return ""
     word = "a whole number" if whole else "a number"
     lower = f"{'≥' if low_allowed else '>'} {low:g}"
-    upper = f" and {'≤' if high_allowed else '<'} {high:g}" if high <= 1 else ""
+    # A high limit is said to whom it concerns; below 1 it belongs to what the value means.
+    too_high = number and value >= high
+    upper = f" and {'≤' if high_allowed else '<'} {high:.10g}" if high <= 1 or too_high else ""
     return f"must be {word} {lower}{upper}, got {value!r}"
+
+
+class BeyondLimitsError(ValueError):
+    """A dimension holds values that its key doesn't take; pydantic hands it on.
+
+    Attributes:
+        advice: What to do about it; empty when the message says it all.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what)
+        self.advice = advice
+
+
+def _advice(key: str, values: tuple[Any, ...]) -> str:
+    """Say what to do about an alpha above its limit: its quotient by the rank may be meant."""
+    highest = LIMITS[key][3]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if key != "alpha" or not any(number > highest for number in numbers):
+        return ""
+    return "Lower it, or search the scaling alpha / rank with {times_rank: [1, 2]} instead."
 
 
 class Space(Frozen):
@@ -212,7 +235,8 @@ class Space(Frozen):
             values = (dimension.low, dimension.high)
         problems = [check_value(str(info.field_name), value) for value in values]
         if any(problems):
-            raise ValueError("; ".join(filter(None, problems)))
+            key = str(info.field_name)
+            raise BeyondLimitsError("; ".join(filter(None, problems)), _advice(key, values))
         return dimension
 
     @property

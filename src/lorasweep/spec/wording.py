@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from lorasweep.spec.schema import Spec
+from lorasweep.spec.space import BeyondLimitsError
 
 _TYPES = {
     "int_type": "a whole number",
@@ -41,7 +42,8 @@ def explain(detail: ErrorDetails, path: Sequence[str | int], tree: Any) -> tuple
     if code == "missing":
         return "is required and missing", ""
     if code == "value_error":
-        return str(context["error"]), ""
+        error = context["error"]
+        return str(error), error.advice if isinstance(error, BeyondLimitsError) else ""
     if code in _BOUNDS:
         name, sign = _BOUNDS[code]
         bound = context[name]

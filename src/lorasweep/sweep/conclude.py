@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.core.errors import NothingToReportError, Problem, StorageError
-from lorasweep.core.records import FinishedSweep, TrialRecord
+from lorasweep.core.outcomes import FinishedSweep, TrialRecord
 from lorasweep.model.checkpoint import load_finetuned, merge
 from lorasweep.search.study import Study
 from lorasweep.sweep.engine_ledger import kept

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lorasweep.core.records import ParameterValue, TrialFacts, TrialRecord
+from lorasweep.core.outcomes import TrialFacts, TrialRecord
+from lorasweep.core.plans import ParameterValue
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasweep.baselines.build import build_baseline
-from lorasweep.core.records import EngineSettings, Predictions, TextSplit, TrialRecord
+from lorasweep.core.corpora import TextSplit
+from lorasweep.core.outcomes import Predictions, TrialRecord
+from lorasweep.core.plans import EngineSettings
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.tokens import encode
 from lorasweep.evaluation.metrics import probabilities

@@ -9,9 +9,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasweep.core.corpora import Corpus, EncodedSplit
 from lorasweep.core.errors import InputError, Problem, StorageError
 from lorasweep.core.paths import SweepPaths
-from lorasweep.core.records import Corpus, EncodedSplit
 from lorasweep.data.corpus import load_corpus
 from lorasweep.data.summary import facts, leaks
 from lorasweep.data.tokens import encode

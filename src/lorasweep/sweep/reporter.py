@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, Verdict
+from lorasweep.core.plans import ParameterValue
 from lorasweep.core.protocols import Tracker
-from lorasweep.core.records import (
-    EpochEvaluation,
-    ParameterValue,
-    StepReport,
-    TrialFacts,
-    Verdict,
-)
 from lorasweep.evaluation.metrics import score
 from lorasweep.search.study import Study
 from lorasweep.sweep.events import Listener, TrialEvaluated, TrialReady, TrialStepped

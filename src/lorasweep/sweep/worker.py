@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
+from lorasweep.core.outcomes import Outcome, TrialRecord, TrialState
 from lorasweep.core.paths import run_name
+from lorasweep.core.plans import TrialPlan
 from lorasweep.core.protocols import Engine
-from lorasweep.core.records import Outcome, TrialPlan, TrialRecord, TrialState
 from lorasweep.engines.lane_checkpoint import discard, hand_over
 from lorasweep.search.study import Asked, Study
 from lorasweep.spec.loader import dump_spec

@@ -6,7 +6,7 @@ import json
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from lorasweep.core.records import Corpus, TextSplit
+from lorasweep.core.corpora import Corpus, TextSplit
 from lorasweep.tracking import wording
 
 

@@ -13,9 +13,11 @@ from typing import TypeVar
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
 
+from lorasweep.core.corpora import Corpus
 from lorasweep.core.errors import Problem, TrackingError
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import run_name
-from lorasweep.core.records import Corpus, ParameterValue, TrialState
+from lorasweep.core.plans import ParameterValue
 from lorasweep.tracking import store, wording
 from lorasweep.tracking.experiment import alone, open_experiment
 from lorasweep.tracking.inputs import dataset_inputs

@@ -6,7 +6,7 @@ import hashlib
 import posixpath
 import re
 
-from lorasweep.core.records import ParameterValue
+from lorasweep.core.plans import ParameterValue
 
 # MLflow's limits (mlflow/utils/validation.py); a value beyond them is refused or cut silently.
 PARAM_CHARACTERS = 6_000
