@@ -10,14 +10,12 @@ import torch
 
 from lorasweep.model import kernel_build, kernels
 from lorasweep.model.kernel_build import KernelBuildError, built_kernels
-from lorasweep.model.kernels import RowPlaces, kernels_for, loaded_kernels, why_no_kernels
-from lorasweep.model.packed_attention import (
-    AttentionDropout,
-    CompiledAttention,
-    RowAttention,
-    make_buckets,
-)
+from lorasweep.model.kernel_library import RowPlaces
+from lorasweep.model.kernels import kernels_for, loaded_kernels, why_no_kernels
+from lorasweep.model.packed_attention import CompiledAttention
 from lorasweep.model.packed_dropout import Mask, kept_bits, masked
+from lorasweep.model.row_attention import AttentionDropout, RowAttention
+from lorasweep.model.row_buckets import make_buckets
 
 LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17])
 TOKENS = int(LENGTHS.sum())

@@ -13,12 +13,6 @@ from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
-from lorasweep.model.packed_attention import (
-    AttentionDropout,
-    RowAttention,
-    bucket_bounds,
-    make_buckets,
-)
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
@@ -30,6 +24,8 @@ from lorasweep.model.packed_products import (
     lane_linear,
     lane_sums,
 )
+from lorasweep.model.row_attention import AttentionDropout, RowAttention
+from lorasweep.model.row_buckets import bucket_bounds, make_buckets
 from lorasweep.model.scoring import pad_rows
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasweep.model.base import fresh_classifier
-from lorasweep.model.kernels import Dropping, Norm
+from lorasweep.model.kernel_library import Dropping, Norm
 from lorasweep.model.packed_dropout import Mask, kept_scale, rate_byte
 from lorasweep.model.packed_lora import PackedModel
 from lorasweep.model.packed_residual import ResidualEnd, ResidualNorm

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.model.kernels import RowPlaces
-from lorasweep.model.packed_attention import Buckets, make_buckets
+from lorasweep.model.kernel_library import RowPlaces
 from lorasweep.model.packed_dropout import token_keys
+from lorasweep.model.row_buckets import Buckets, make_buckets
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     scaled_size_sqrt,
 )
 
-from lorasweep.model.packed_attention import AttentionDropout, Bucket
 from lorasweep.model.packed_dropout import Dropout
 from lorasweep.model.packed_modules import KeyedDropout, PackedModule
+from lorasweep.model.row_attention import AttentionDropout
+from lorasweep.model.row_buckets import Bucket
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel

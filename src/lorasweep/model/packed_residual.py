@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorasweep.model.kernels import Dropping, Norm, kernels_for
+from lorasweep.model.kernel_library import Dropping, Norm
+from lorasweep.model.kernels import kernels_for
 from lorasweep.model.packed_dropout import kept_scale, rate_byte
 from lorasweep.model.packed_modules import KeyedDropout, PackedModule
 

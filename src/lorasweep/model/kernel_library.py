@@ -1,0 +1,318 @@
+"""The compiled loops of ``csrc/``, called with torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SUFFIX = {torch.float32: "float", torch.bfloat16: "bf16"}
+TYPES = frozenset(_SUFFIX)
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("first", c_void_p),
+        ("length", c_void_p),
+        ("query_first", c_void_p),
+        ("query_count", c_void_p),
+    ]
+
+
+class _Attending(ctypes.Structure):
+    _fields_ = [
+        ("heads", c_int64),
+        ("width", c_int64),
+        ("scaling", c_float),
+        ("window", c_int64),
+        ("streams", c_void_p),
+        ("key", c_int64),
+        ("rate", c_int32),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where rows lie among tokens, and who asks; int64, ``(rows,)`` each, on the CPU.
+
+    Attributes:
+        first: The token with which each row starts.
+        length: Its tokens.
+        query_first: Where its queries start.
+        query_count: How many of its first tokens ask.
+    """
+
+    first: Tensor
+    length: Tensor
+    query_first: Tensor
+    query_count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """How attention is done.
+
+    Attributes:
+        scaling: Of the scores.
+        window: One more than how far a token sees in either direction; 0 for all.
+        streams: int64, ``(tokens,)``: of each token as a query; None for no dropout.
+        key: Of the dropout.
+        rate: Byte values that drop, of 256.
+    """
+
+    scaling: float
+    window: int = 0
+    streams: Tensor | None = None
+    key: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dropping:
+    """What dropout drops.
+
+    Attributes:
+        streams: int64, ``(entries,)``.
+        key: Of the module.
+        rate: Byte values that drop, of 256; ≥ 1.
+        scale: Of what is kept.
+    """
+
+    streams: Tensor
+    key: int
+    rate: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A frozen layer norm.
+
+    Attributes:
+        gain, shift: ``(width,)``, in the type of activations.
+        epsilon: Added to the variance.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    epsilon: float
+
+
+class Kernels:
+    """The loaded library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def drop(
+        self, x: Tensor, streams: Tensor, key: int, rate: int | Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Write ``x`` where kept, times ``scale``, and 0 where dropped.
+
+        Args:
+            x: ``(entries, width)``, contiguous.
+            streams: int64, ``(entries,)``.
+            key: Of the module.
+            rate: Byte values that drop, of 256; or int16 of each entry.
+            scale: Of what is kept.
+            out: As ``x``; may be ``x``.
+        """
+        each = rate if isinstance(rate, Tensor) else None
+        self._call("drop", x.dtype)(
+            _at(out),
+            _at(x),
+            c_int64(streams.numel()),
+            c_int64(x.numel() // max(1, streams.numel())),
+            _at(streams),
+            c_int64(key),
+            _at(each),
+            c_int32(0 if isinstance(rate, Tensor) else rate),
+            c_float(scale),
+            c_int(torch.get_num_threads()),
+        )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: RowPlaces, how: Attending
+    ) -> tuple[Tensor, Tensor]:
+        """Attend inside each row.
+
+        Args:
+            query: ``(queries, heads, width)``.
+            key: ``(tokens, heads, width)``.
+            value: As ``key``.
+            rows: Where rows lie.
+            how: Scaling, window, dropout.
+
+        Returns:
+            A tensor like ``query``, and what :meth:`attend_backward` wants: float32,
+            ``(queries, heads)``.
+        """
+        out = torch.zeros(query.shape, dtype=query.dtype)
+        sums = torch.zeros(query.shape[:2], dtype=torch.float32)
+        self._attend("attend", (out, sums), query, key, value, rows, how)
+        return out, sums
+
+    def attend_backward(
+        self,
+        grad: Tensor,
+        sums: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: RowPlaces,
+        how: Attending,
+        key_wanted: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the gradients of query, key (None unless wanted) and value."""
+        found = (
+            torch.zeros(query.shape, dtype=query.dtype),
+            torch.zeros(value.shape, dtype=value.dtype),
+        )
+        of_key = torch.zeros(key.shape, dtype=key.dtype) if key_wanted else None
+        arrays = (found[0], of_key, found[1], grad.contiguous(), sums)
+        self._attend("attend_backward", arrays, query, key, value, rows, how)
+        return found[0], of_key, found[1]
+
+    def residual_norm(
+        self, x: Tensor, residual: Tensor, norm: Norm, dropping: Dropping | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Normalise ``residual + dropped(x)``.
+
+        Args:
+            x: ``(entries, width)``, contiguous.
+            residual: As ``x``.
+            norm: The frozen layer norm.
+            dropping: What is dropped of ``x``; None for nothing.
+
+        Returns:
+            A tensor like ``x``, and what :meth:`residual_norm_backward` wants: the sum that was
+            normalised, its means and its inverse deviations.
+        """
+        entries, width = x.shape
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        mean = torch.empty(entries, dtype=torch.float32)
+        inverse = torch.empty(entries, dtype=torch.float32)
+        self._call("residual_norm", x.dtype)(
+            *map(_at, (out, total, mean, inverse, x, residual, norm.gain, norm.shift)),
+            c_int64(entries),
+            c_int64(width),
+            c_float(norm.epsilon),
+            *_drop_arguments(dropping),
+            c_int(torch.get_num_threads()),
+        )
+        return out, (total, mean, inverse)
+
+    def residual_norm_backward(
+        self,
+        grad: Tensor,
+        kept: tuple[Tensor, Tensor, Tensor],
+        norm: Norm,
+        dropping: Dropping | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of ``x`` and ``residual``: the same tensor without dropout."""
+        entries, width = grad.shape
+        of_residual = torch.empty_like(grad)
+        of_x = of_residual if dropping is None else torch.empty_like(grad)
+        self._call("residual_norm_backward", grad.dtype)(
+            *map(_at, (of_x, of_residual, grad, *kept, norm.gain)),
+            c_int64(entries),
+            c_int64(width),
+            *_drop_arguments(dropping),
+            c_int(torch.get_num_threads()),
+        )
+        return of_x, of_residual
+
+    def adamw(
+        self,
+        weights: Tensor,
+        gradients: Tensor,
+        first: Tensor,
+        second: Tensor,
+        decays: Tensor,
+        norms: Tensor,
+        rates: Tensor,
+        betas: tuple[float, float],
+        epsilon: float,
+        clip_epsilon: float,
+    ) -> None:
+        """Update weights and moments in place; all float32 and contiguous.
+
+        Args:
+            weights: ``(lanes, width)``.
+            gradients: As ``weights``; they stay as they are.
+            first: As ``weights``: first moments.
+            second: As ``weights``: second moments.
+            decays: 1 where weight decay applies, ``(width,)``.
+            norms: Of each lane's gradient, ``(lanes,)``.
+            rates: ``(lanes, 4)``: the norm to clip to, the rate over the first moment's
+                correction, the second moment's root of correction, and rate times decay.
+            betas: As AdamW has them.
+            epsilon: As AdamW has it.
+            clip_epsilon: Added to norms before dividing by them.
+        """
+        lanes, width = weights.shape
+        self._call("adamw", weights.dtype)(
+            *map(_at, (weights, gradients, first, second, decays, norms, rates)),
+            c_int64(lanes),
+            c_int64(width),
+            *map(c_float, (1 - betas[0], betas[1], 1 - betas[1], epsilon, clip_epsilon)),
+            c_int(torch.get_num_threads()),
+        )
+
+    def _attend(
+        self,
+        name: str,
+        arrays: tuple[Tensor | None, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: RowPlaces,
+        how: Attending,
+    ) -> None:
+        inputs = [x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value)]
+        strides = (c_int64 * 6)(*(x.stride(axis) for x in inputs for axis in (0, 1)))
+        places = (rows.first, rows.length, rows.query_first, rows.query_count)
+        laid = _Rows(len(rows.first), *map(_at, places))
+        asked = _Attending(
+            query.shape[1],
+            query.shape[2],
+            how.scaling,
+            how.window,
+            _at(how.streams),
+            how.key,
+            how.rate,
+        )
+        done = self._call(name, query.dtype)(
+            *map(_at, arrays),
+            *map(_at, inputs),
+            strides,
+            ctypes.byref(laid),
+            ctypes.byref(asked),
+            c_int(torch.get_num_threads()),
+        )
+        if not done:
+            raise MemoryError(f"no memory for attention over rows of {int(rows.length.max())}")
+
+    def _call(self, name: str, dtype: torch.dtype) -> Any:
+        return getattr(self._library, f"{name}_{_SUFFIX[dtype]}")
+
+
+def _drop_arguments(dropping: Dropping | None) -> tuple[Any, ...]:
+    if dropping is None:
+        return None, c_int64(0), c_int32(0), c_float(1.0)
+    return (
+        _at(dropping.streams),
+        c_int64(dropping.key),
+        c_int32(dropping.rate),
+        c_float(dropping.scale),
+    )
+
+
+def _at(tensor: Tensor | None) -> c_void_p | None:
+    return None if tensor is None else c_void_p(tensor.data_ptr())
