@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import get_scheduler
-
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, TrialPlan
+from transformers import get_scheduler
+
 from lorasweep.data.order import epoch_batches
-from lorasweep.engines import lane_adamw
 from lorasweep.engines.lane_adamw import LaneStep, update
 from lorasweep.engines.packing import (
     Progress,
@@ -86,10 +85,7 @@ def test_length_batches_cover_all_rows_longest_first():
     assert batches == [[1, 3], [4, 2], [0]]
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_lanes_update_as_torchs_own_adamw_after_clipping(compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(lane_adamw, "kernels_for", lambda _: None)
+def test_lanes_update_as_torchs_own_adamw_after_clipping():
     """Two lanes of different settings and step counts, against two optimizers."""
     settings = [
         {"rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5},
@@ -136,10 +132,7 @@ def test_lanes_update_as_torchs_own_adamw_after_clipping(compiled, monkeypatch):
                 )
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_lane_without_a_finite_gradient_is_updated_alone(compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(lane_adamw, "kernels_for", lambda _: None)
+def test_a_lane_without_a_finite_gradient_is_updated_alone():
     block = Block("a", (3, 2))
     weights = {bad: LaneWeights(torch.device("cpu")) for bad in (False, True)}
     for bad, each in weights.items():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_weights import LaneWeights
 
 BETAS = (0.9, 0.999)
@@ -40,54 +39,30 @@ def update(weights: LaneWeights, lanes: Sequence[LaneStep]) -> Tensor:
     number of one lane ever meets one of another.
 
     Args:
-        weights: With collected gradients, which are spent.
+        weights: With collected gradients; they are clipped in place.
         lanes: One entry a lane.
 
     Returns:
         Each lane's gradient norm before clipping, ``(lanes,)``.
     """
-    norms = weights.gradient_norms()
-    # Columns: clipping norm, rate and root with their bias corrections, shrinking.
-    beta_1, beta_2 = BETAS
-    rates = torch.tensor(
-        [
-            (
-                lane.max_grad_norm or torch.inf,
-                lane.rate / (1 - beta_1**lane.step),
-                (1 - beta_2**lane.step) ** 0.5,
-                lane.rate * lane.weight_decay,
-            )
-            for lane in lanes
-        ],
-        dtype=weights.dtype,
-        device=weights.device,
-    )
-    kernels = kernels_for(weights.weights) if weights.dtype == torch.float32 else None
-    if kernels is None:
-        _update(weights, norms, rates)
-    else:
-        kernels.adamw(
-            *(weights.weights, weights.gradients, weights.first, weights.second),
-            weights.decays,
-            norms,
-            rates,
-            BETAS,
-            EPSILON,
-            _CLIP_EPSILON,
-        )
-    return norms
-
-
-def _update(weights: LaneWeights, norms: Tensor, rates: Tensor) -> None:
-    """Do what the compiled loop does, by torch's operations."""
     gradients, first, second = weights.gradients, weights.first, weights.second
-    limit, rate, root, shrink = rates.unsqueeze(2).unbind(1)
-    beta_1, beta_2 = BETAS
+    norms = weights.gradient_norms()
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=weights.dtype, device=weights.device).unsqueeze(1)
+
+    limit = column([lane.max_grad_norm or torch.inf for lane in lanes])
     gradients.mul_((limit / (norms.unsqueeze(1) + _CLIP_EPSILON)).clamp_(max=1.0))
-    weights.weights.mul_(1.0 - shrink * weights.decays)
+    if any(lane.weight_decay for lane in lanes):
+        shrink = column([-lane.rate * lane.weight_decay for lane in lanes])
+        weights.weights.mul_((shrink * weights.decays).add_(1.0))
+    beta_1, beta_2 = BETAS
     first.lerp_(gradients, 1 - beta_1)
     second.mul_(beta_2).addcmul_(gradients, gradients, value=1 - beta_2)
+    root = column([(1 - beta_2**lane.step) ** 0.5 for lane in lanes])
+    rate = column([-lane.rate / (1 - beta_1**lane.step) for lane in lanes])
     # The gradients are spent: their memory holds the denominator, then the update.
     torch.sqrt(second, out=gradients).div_(root).add_(EPSILON)
     torch.div(first, gradients, out=gradients).mul_(rate)
-    weights.weights.sub_(gradients)
+    weights.weights.add_(gradients)
+    return norms

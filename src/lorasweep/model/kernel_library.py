@@ -73,37 +73,6 @@ class Attending:
     rate: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Dropping:
-    """What dropout drops.
-
-    Attributes:
-        streams: int64, ``(entries,)``.
-        key: Of the module.
-        rate: Byte values that drop, of 256; ≥ 1.
-        scale: Of what is kept.
-    """
-
-    streams: Tensor
-    key: int
-    rate: int
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A frozen layer norm.
-
-    Attributes:
-        gain, shift: ``(width,)``, in the type of activations.
-        epsilon: Added to the variance.
-    """
-
-    gain: Tensor
-    shift: Tensor
-    epsilon: float
-
-
 class Kernels:
     """The loaded library."""
 
@@ -179,92 +148,6 @@ class Kernels:
         self._attend("attend_backward", arrays, query, key, value, rows, how)
         return found[0], of_key, found[1]
 
-    def residual_norm(
-        self, x: Tensor, residual: Tensor, norm: Norm, dropping: Dropping | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Normalise ``residual + dropped(x)``.
-
-        Args:
-            x: ``(entries, width)``, contiguous.
-            residual: As ``x``.
-            norm: The frozen layer norm.
-            dropping: What is dropped of ``x``; None for nothing.
-
-        Returns:
-            A tensor like ``x``, and what :meth:`residual_norm_backward` wants: the sum that was
-            normalised, its means and its inverse deviations.
-        """
-        entries, width = x.shape
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        mean = torch.empty(entries, dtype=torch.float32)
-        inverse = torch.empty(entries, dtype=torch.float32)
-        self._call("residual_norm", x.dtype)(
-            *map(_at, (out, total, mean, inverse, x, residual, norm.gain, norm.shift)),
-            c_int64(entries),
-            c_int64(width),
-            c_float(norm.epsilon),
-            *_drop_arguments(dropping),
-            c_int(torch.get_num_threads()),
-        )
-        return out, (total, mean, inverse)
-
-    def residual_norm_backward(
-        self,
-        grad: Tensor,
-        kept: tuple[Tensor, Tensor, Tensor],
-        norm: Norm,
-        dropping: Dropping | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of ``x`` and ``residual``: the same tensor without dropout."""
-        entries, width = grad.shape
-        of_residual = torch.empty_like(grad)
-        of_x = of_residual if dropping is None else torch.empty_like(grad)
-        self._call("residual_norm_backward", grad.dtype)(
-            *map(_at, (of_x, of_residual, grad, *kept, norm.gain)),
-            c_int64(entries),
-            c_int64(width),
-            *_drop_arguments(dropping),
-            c_int(torch.get_num_threads()),
-        )
-        return of_x, of_residual
-
-    def adamw(
-        self,
-        weights: Tensor,
-        gradients: Tensor,
-        first: Tensor,
-        second: Tensor,
-        decays: Tensor,
-        norms: Tensor,
-        rates: Tensor,
-        betas: tuple[float, float],
-        epsilon: float,
-        clip_epsilon: float,
-    ) -> None:
-        """Update weights and moments in place; all float32 and contiguous.
-
-        Args:
-            weights: ``(lanes, width)``.
-            gradients: As ``weights``; they stay as they are.
-            first: As ``weights``: first moments.
-            second: As ``weights``: second moments.
-            decays: 1 where weight decay applies, ``(width,)``.
-            norms: Of each lane's gradient, ``(lanes,)``.
-            rates: ``(lanes, 4)``: the norm to clip to, the rate over the first moment's
-                correction, the second moment's root of correction, and rate times decay.
-            betas: As AdamW has them.
-            epsilon: As AdamW has it.
-            clip_epsilon: Added to norms before dividing by them.
-        """
-        lanes, width = weights.shape
-        self._call("adamw", weights.dtype)(
-            *map(_at, (weights, gradients, first, second, decays, norms, rates)),
-            c_int64(lanes),
-            c_int64(width),
-            *map(c_float, (1 - betas[0], betas[1], 1 - betas[1], epsilon, clip_epsilon)),
-            c_int(torch.get_num_threads()),
-        )
-
     def _attend(
         self,
         name: str,
@@ -301,17 +184,6 @@ class Kernels:
 
     def _call(self, name: str, dtype: torch.dtype) -> Any:
         return getattr(self._library, f"{name}_{_SUFFIX[dtype]}")
-
-
-def _drop_arguments(dropping: Dropping | None) -> tuple[Any, ...]:
-    if dropping is None:
-        return None, c_int64(0), c_int32(0), c_float(1.0)
-    return (
-        _at(dropping.streams),
-        c_int64(dropping.key),
-        c_int32(dropping.rate),
-        c_float(dropping.scale),
-    )
 
 
 def _at(tensor: Tensor | None) -> c_void_p | None:

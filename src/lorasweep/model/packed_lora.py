@@ -37,7 +37,6 @@ from lorasweep.model.packed_modules import (
     replace_output,
     row_means,
 )
-from lorasweep.model.packed_residual import fuse_residuals
 from lorasweep.model.packed_shared import SharedLayers
 
 _PREFIX = "base_model.model."
@@ -276,7 +275,6 @@ class PackedModel:
                 self.model.set_submodule(name, new)
             module.__dict__["pack"] = self
             module.__dict__["pack_key"] = module_key(f"{name}.weights")
-        fuse_residuals(self, self.model)
         unfit, self._disentangled = carries_disentangled(self, self.model)
         if unfit:
             raise refused(self.base, unfit)

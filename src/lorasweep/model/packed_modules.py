@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasweep.model.frozen_linear import frozen_linear
 from lorasweep.model.packed_dropout import Dropout, Mask, kept_scale, module_key, rate_byte
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 
@@ -60,7 +59,7 @@ class AdaptableLinear(PackedModule):
         """
         weights = self.pack.weights
         if self.down not in weights:
-            return frozen_linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         side = side or self.pack.side(flat.shape[0])
         mask = None

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasweep.model.frozen_linear import frozen_linear
 from lorasweep.model.packed_dropout import Mask
 
 
@@ -78,7 +77,7 @@ class AdaptedLinear(torch.autograd.Function):
         dropped = x if mask is None else mask.applied(x)
         narrow = grouped_product(dropped, down.to(x.dtype).transpose(1, 2), ends)
         narrow = narrow.mul_(scaling)
-        y = frozen_linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
         y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), ends)
         ctx.save_for_backward(x, down, up, weight, scaling, ends, narrow)
         ctx.mask = mask

@@ -9,7 +9,6 @@
  */
 #include "numbers.h"
 
-#include "adamw.h"
 #include "attention_rows.h"
 
 /* Once for each type of activations. */
@@ -19,7 +18,6 @@
 #define NARROW narrow_float
 #include "attention.h"
 #include "dropout.h"
-#include "residual_norm.h"
 #undef SCALAR
 #undef NAMED
 #undef WIDEN
@@ -31,4 +29,3 @@
 #define NARROW narrow_bf16
 #include "attention.h"
 #include "dropout.h"
-#include "residual_norm.h"
