@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.plans import AdapterPlan, TrialPlan
 from transformers import get_scheduler
 
+from lorasweep.core.corpora import EncodedSplit
+from lorasweep.core.plans import AdapterPlan, TrialPlan
 from lorasweep.data.order import epoch_batches
 from lorasweep.engines.lane_adamw import LaneStep, update
 from lorasweep.engines.packing import (
