@@ -124,7 +124,7 @@ def test_what_a_resumed_trial_tells_again_counts_and_is_not_judged_again(begin, 
     retry = study.ask()
     assert retry.retry_of == first
     # Judged now, it would be given up; uninterrupted, it was let go on.
-    verdict = epoch(study, retry.number, 1, of=2, score=0.5, repeated=True)
+    verdict = epoch(study, retry.number, 1, of=2, score=0.5)
     assert (verdict.keep, verdict.go_on) == (True, True)
     assert study.history(retry.number) == ((1, 0.5),)
     # For the others it stands where it stood: second of four goes on, second of three would not.

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lorasweep.core.records import (
+    NOTHING_BEFORE,
     Corpus,
     EpochEvaluation,
     Outcome,
     ParameterValue,
+    Resumption,
     StepReport,
     TextSplit,
     TrialFacts,
@@ -53,7 +55,12 @@ class Engine(Protocol):
         """How many trials it trains at the same time, ≥ 1."""
         ...
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome as soon as it is known.
 
         ``plans`` is lazy on purpose: the engine takes the next plan only when it has a
@@ -71,6 +78,10 @@ class Engine(Protocol):
         trial goes on from it; the reporter is then told all that it would have been told
         from the first step on, in the same order. Closing the generator is a stop: what is
         under way is checkpointed first.
+
+        An engine that trains several trials at once keeps a clock, which stands in its outcomes
+        and comes back in ``plan.begins`` and ``resumption``. By it, trials that were cut off
+        end in the order in which they would have ended.
         """
         ...
 

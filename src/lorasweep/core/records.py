@@ -205,6 +205,8 @@ class TrialPlan:
         folder: The trial's own folder; the engine writes ``adapter/`` below it, and while the
             trial runs its checkpoint. One that lies there and fits is gone on from.
         parameters: The sampled values as the spec names them, for people and MLflow.
+        begins: The engine's clock when the plan was first asked for: of use where trials run
+            side by side, and changes no result.
     """
 
     number: int
@@ -219,6 +221,7 @@ class TrialPlan:
     max_grad_norm: float
     folder: Path
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    begins: int = 0
 
     @property
     def adapter_folder(self) -> Path:
@@ -325,8 +328,6 @@ class EpochEvaluation:
         steps: Steps of the whole budget.
         logits: float32, ``(validation rows, labels)``, in the split's own row order.
         seconds: Training and evaluation time of the trial so far.
-        repeated: Told again by a trial that goes on from a checkpoint: it was told before, of
-            the trial that was cut off, and what was decided then stands.
     """
 
     trial: int
@@ -336,7 +337,6 @@ class EpochEvaluation:
     steps: int
     logits: NDArray[np.float32]
     seconds: float
-    repeated: bool = False
 
     @property
     def share(self) -> float:
@@ -368,6 +368,7 @@ class Outcome:
         seconds: Wall time the trial was under way.
         reason: Why it failed or was stopped; empty when completed.
         traceback: Of the failure, for the tracker; empty otherwise.
+        clock: The engine's, when it gave this out; 0 where trials run one after another.
     """
 
     trial: int
@@ -376,6 +377,25 @@ class Outcome:
     seconds: float
     reason: str = ""
     traceback: str = ""
+    clock: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What earlier commands left to an engine.
+
+    Attributes:
+        trials: So many of the plans to come are of trials that were cut off; they come first.
+        clock: The engine's, when it gave out the last outcome that was taken; the points that
+            come after those trials' are asked for no earlier than that.
+    """
+
+    trials: int = 0
+    clock: int = 0
+
+
+NOTHING_BEFORE = Resumption()
+"""A sweep that begins."""
 
 
 @dataclass(frozen=True, slots=True)

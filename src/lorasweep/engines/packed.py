@@ -17,7 +17,14 @@ from typing import Literal
 import torch
 
 from lorasweep.core.protocols import Reporter
-from lorasweep.core.records import EncodedSplit, EngineSettings, Outcome, TrialPlan
+from lorasweep.core.records import (
+    NOTHING_BEFORE,
+    EncodedSplit,
+    EngineSettings,
+    Outcome,
+    Resumption,
+    TrialPlan,
+)
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines.lane import Lane, PackUse
 from lorasweep.engines.lane_checkpoint import LaneCheckpoints
@@ -93,10 +100,15 @@ class PackedEngine:
             self._lanes = self._measured_lanes()
         return self._lanes
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
         self.model.keep_lanes([])
-        yield from PackRun(self, iter(plans), reporter).outcomes()
+        yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
 
     def halve(self) -> None:
         """Go on with half the lanes: memory ran out."""
@@ -118,6 +130,7 @@ class PackedEngine:
             adapter=adapter,
             settings=LaneSettings(plan.adapter.scaling, plan.adapter.dropout),
             began=began,
+            clock=plan.begins,
         )
         self.checkpoints.take_up(lane)
         return lane

@@ -33,9 +33,11 @@ from transformers import PrinterCallback, TrainingArguments
 from lorasweep.core.errors import DivergedError, ModelError, Problem, StorageError
 from lorasweep.core.protocols import Reporter
 from lorasweep.core.records import (
+    NOTHING_BEFORE,
     EncodedSplit,
     EngineSettings,
     Outcome,
+    Resumption,
     TrialPlan,
     TrialState,
 )
@@ -89,8 +91,14 @@ class TrainerEngine:
         """One: trials run one after another."""
         return 1
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
+        del resumption  # one after another, the order is that of the plans
         for plan in plans:
             yield self._run_trial(plan, reporter)
 
