@@ -242,12 +242,12 @@ def test_the_kept_adapter_comes_along_to_another_folder(engine, plans, open_tiny
     assert np.abs(logits - straight.epochs[1][-1].logits).max() > 1e-3
 
 
-def test_repeated_epochs_say_so_and_time_goes_on(engine, plans):
+def test_every_epoch_is_told_again_and_time_goes_on(engine, plans):
     cut(engine(1), [plans[0]], at(StepReport, 1, 6))
     recorder = Recorder()
     (outcome,) = engine(1).run([plans[0]], recorder)
     told = recorder.epochs[1]
-    assert [e.repeated for e in told] == [True, False, False]
+    assert [e.epoch for e in told] == [1, 2, 3]
     seconds = [e.seconds for e in told]
     assert seconds == sorted(seconds)
     assert outcome.seconds > seconds[0] > 0

@@ -169,10 +169,10 @@ def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(engine, pl
     other = Recorder()
     pack = PackRun(made, iter([plan(2), good, plan(3)]), other)
     list(pack._fill())
-    while pack.lanes[1].progress.step < steps + 1:
+    while pack.places.lanes[1].progress.step < steps + 1:
         pack._advance()
-    pack._keep([pack.lanes[0], pack.lanes[2]])
-    while any(lane.outcome is None for lane in pack.lanes):
+    pack.places.keep([pack.places.lanes[0], pack.places.lanes[2]])
+    while any(lane.outcome is None for lane in pack.places.lanes):
         pack._advance()
     for trial in (2, 3):
         assert recorder.losses[trial] == other.losses[trial]
@@ -240,7 +240,7 @@ def test_a_trial_that_does_not_fit_alone_fails_with_that_reason(engine, plan, mo
     monkeypatch.setattr(made.model, "forward", tight)
 
     def pack_lanes() -> list:
-        return entered[-1].lanes
+        return entered[-1].places.lanes
 
     outcomes = {o.trial: o for o in made.run([plan(1), plan(2)], Recorder())}
     assert outcomes[1].state is TrialState.FAILED

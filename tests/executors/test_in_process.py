@@ -96,16 +96,16 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     assert engine.use.bytes_per_lane > 10_000
 
 
-def test_auto_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
+def test_auto_is_the_default_and_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
     for overrides, reason in (
         (["search.trials=1"], "trainer (there is only one trial)"),
         (["lanes=1", "search.trials=30"], "trainer (the spec says lanes: 1)"),
         ([], "trainer (3 trials are too few to train any at once: tpe learns from each)"),
     ):
-        engine, why = choose_engine(prepared(small_sweep, "engine=auto", *overrides))
+        engine, why = choose_engine(prepared(small_sweep, *overrides))
         assert (type(engine), why) == (TrainerEngine, reason)
     xlnet = f"model.name={tiny_base_folder('xlnet')}"
-    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "lanes=2", xlnet))
+    engine, why = choose_engine(prepared(small_sweep, "lanes=2", xlnet))
     assert type(engine) is TrainerEngine
     assert re.fullmatch(r"trainer \(the packed engine can't carry this xlnet: .+\)", why)
     with pytest.raises(ModelError):
@@ -126,7 +126,7 @@ def test_a_sampler_that_learns_is_left_something_to_learn(small_sweep, overrides
 
 
 def test_auto_lanes_keep_to_that(small_sweep):
-    engine, why = choose_engine(prepared(small_sweep, "engine=auto", "search.trials=6"))
+    engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))  # auto is the default
     assert type(engine) is PackedEngine
     assert why.startswith("packed, 2 lanes, about ")
 

@@ -118,9 +118,7 @@ def open_study(database: Path, clock: Clock) -> Callable[..., Study]:
 def epoch() -> Callable[..., Verdict]:
     """Report one epoch of a trial: ``epoch(study, number, 1, of=3, score=0.8)``."""
 
-    def make(
-        study: Study, number: int, at: int, *, of: int, score: float, repeated: bool = False
-    ) -> Verdict:
+    def make(study: Study, number: int, at: int, *, of: int, score: float) -> Verdict:
         evaluation = EpochEvaluation(
             trial=number,
             epoch=at,
@@ -129,7 +127,6 @@ def epoch() -> Callable[..., Verdict]:
             steps=10 * of,
             logits=np.zeros((2, 2), dtype=np.float32),
             seconds=1.5 * at,
-            repeated=repeated,
         )
         return study.report(number, evaluation, score, {"f1": score, "epoch_was": float(at)})
 

@@ -124,13 +124,34 @@ def test_what_a_resumed_trial_tells_again_counts_and_is_not_judged_again(begin, 
     retry = study.ask()
     assert retry.retry_of == first
     # Judged now, it would be given up; uninterrupted, it was let go on.
-    verdict = epoch(study, retry.number, 1, of=2, score=0.5, repeated=True)
+    verdict = epoch(study, retry.number, 1, of=2, score=0.5)
     assert (verdict.keep, verdict.go_on) == (True, True)
     assert study.history(retry.number) == ((1, 0.5),)
     # For the others it stands where it stood: second of four goes on, second of three would not.
     assert epoch(study, third, 1, of=2, score=0.6).go_on
     study.tell(Outcome(retry.number, TrialState.COMPLETED, 20, 1.0))
     assert study.record(retry.number).best_epoch == 1
+
+
+def test_a_trial_that_was_to_be_pruned_when_the_kill_came_is_pruned(begin, epoch):
+    study, trials = begin("successive_halving", 2)
+    first, second = (asked.number for asked in trials)
+    assert epoch(study, first, 1, of=4, score=0.8).go_on
+    assert not epoch(study, second, 1, of=4, score=0.3).go_on
+    for number in (first, second):
+        study.interrupt(number, "killed before its outcome was told")
+    one, other = study.ask(), study.ask()
+    assert (one.retry_of, other.retry_of) == (first, second)
+    # It comes to that epoch before its rival, and so it would lead; and again, cut off once more.
+    assert not epoch(study, other.number, 1, of=4, score=0.3).go_on
+    study.interrupt(other.number, "killed again")
+    again = study.ask()
+    assert not epoch(study, again.number, 1, of=4, score=0.3).go_on
+    # What was not told before is judged as ever.
+    assert epoch(study, one.number, 1, of=4, score=0.8).go_on
+    assert epoch(study, one.number, 2, of=4, score=0.9).go_on
+    study.tell(Outcome(again.number, TrialState.PRUNED, 10, 1.0))
+    assert "others were ahead of 0.3" in study.record(again.number).reason
 
 
 @pytest.mark.parametrize("kind", ["median", "percentile", "successive_halving", "hyperband"])

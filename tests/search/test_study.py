@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorasweep.core.outcomes import Outcome, TrialFacts, TrialState
+from lorasweep.core.plans import Resumption
 from lorasweep.search.study import Study
 
 
@@ -69,6 +70,26 @@ def test_a_trial_that_completed_without_a_finite_score_has_failed(search, open_s
     assert record.state == "failed"
     assert "finite score" in record.reason
     assert study.best() is None
+
+
+def test_every_point_keeps_its_place_on_the_engines_clock(search, open_study, epoch):
+    spec = search(trials=6, pruner={"kind": "none"})
+    study = open_study(spec)
+    assert study.resumption == Resumption(0, 0)
+    first, second, third = (study.ask() for _ in range(3))
+    assert [asked.begins for asked in (first, second, third)] == [0, 0, 0]
+    for asked, clock in ((second, 40), (first, 40)):
+        epoch(study, asked.number, 1, of=1, score=0.5)
+        study.tell(Outcome(asked.number, TrialState.COMPLETED, 10, 1.0, clock=clock))
+    fourth = study.ask()
+    assert fourth.begins == 40
+    # A kill: the next command finds two trials running and one place free.
+    study = open_study(spec)
+    study.reconcile(alone=True)
+    assert study.resumption == Resumption(trials=2, clock=40)
+    again = [study.ask() for _ in range(3)]
+    assert [asked.retry_of for asked in again] == [third.number, fourth.number, None]
+    assert [asked.begins for asked in again] == [0, 40, 40]
 
 
 def test_the_total_counts_what_ended_by_itself_and_nothing_that_was_interrupted(

@@ -252,8 +252,10 @@ def test_a_killed_process_goes_on_in_the_midst_of_a_trial(small_sweep):
     for override in (
         "engine=packed",
         "lanes=2",
+        "search.trials=5",
         "search.space.epochs={choices: [3, 4]}",
-        "search.sampler={kind: random}",
+        "search.sampler={kind: tpe, startup_trials: 1}",
+        "search.pruner={kind: median, startup_trials: 2}",
     ):
         words += ["--set", override]
     documents = []

@@ -88,8 +88,6 @@ class EpochEvaluation:
         steps: Steps of the whole budget.
         logits: float32, ``(validation rows, labels)``, in the split's own row order.
         seconds: Training and evaluation time of the trial so far.
-        repeated: Told again by a trial that goes on from a checkpoint: it was told before, of
-            the trial that was cut off, and what was decided then stands.
     """
 
     trial: int
@@ -99,7 +97,6 @@ class EpochEvaluation:
     steps: int
     logits: NDArray[np.float32]
     seconds: float
-    repeated: bool = False
 
     @property
     def share(self) -> float:
@@ -131,6 +128,7 @@ class Outcome:
         seconds: Wall time the trial was under way.
         reason: Why it failed or was stopped; empty when completed.
         traceback: Of the failure, for the tracker; empty otherwise.
+        clock: The engine's, when it gave this out; 0 where trials run one after another.
     """
 
     trial: int
@@ -139,6 +137,7 @@ class Outcome:
     seconds: float
     reason: str = ""
     traceback: str = ""
+    clock: int = 0
 
 
 @dataclass(frozen=True, slots=True)

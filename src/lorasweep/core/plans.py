@@ -64,6 +64,8 @@ class TrialPlan:
         folder: The trial's own folder; the engine writes ``adapter/`` below it, and while the
             trial runs its checkpoint. One that lies there and fits is gone on from.
         parameters: The sampled values as the spec names them, for people and MLflow.
+        begins: The engine's clock when the plan was first asked for: of use where trials run
+            side by side, and changes no result.
     """
 
     number: int
@@ -78,6 +80,7 @@ class TrialPlan:
     max_grad_norm: float
     folder: Path
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    begins: int = 0
 
     @property
     def adapter_folder(self) -> Path:
@@ -113,3 +116,21 @@ class EngineSettings:
     log_every: int = 10
     device: str = "auto"
     checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """What earlier commands left to an engine.
+
+    Attributes:
+        trials: So many of the plans to come are of trials that were cut off; they come first.
+        clock: The engine's, when it gave out the last outcome that was taken; the points that
+            come after those trials' are asked for no earlier than that.
+    """
+
+    trials: int = 0
+    clock: int = 0
+
+
+NOTHING_BEFORE = Resumption()
+"""A sweep that begins."""

@@ -18,7 +18,7 @@ from lorasweep.core.outcomes import (
     TrialState,
     Verdict,
 )
-from lorasweep.core.plans import ParameterValue, TrialPlan
+from lorasweep.core.plans import NOTHING_BEFORE, ParameterValue, Resumption, TrialPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,12 @@ class Engine(Protocol):
         """How many trials it trains at the same time, ≥ 1."""
         ...
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome as soon as it is known.
 
         ``plans`` is lazy on purpose: the engine takes the next plan only when it has a
@@ -69,6 +74,10 @@ class Engine(Protocol):
         trial goes on from it; the reporter is then told all that it would have been told
         from the first step on, in the same order. Closing the generator is a stop: what is
         under way is checkpointed first.
+
+        An engine that trains several trials at once keeps a clock, which stands in its outcomes
+        and comes back in ``plan.begins`` and ``resumption``. By it, trials that were cut off
+        end in the order in which they would have ended.
         """
         ...
 

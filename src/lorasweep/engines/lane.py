@@ -31,10 +31,13 @@ class Lane:
         kept: Epoch whose weights :attr:`adapter` holds, the best so far; None before the first.
         told: All that the reporter knows of its training, in order, for a trial that goes on.
         resumed: Steps taken over from a checkpoint.
-        saved: The :attr:`mark` that the checkpoint on the disk has; None without one.
-        parked: Weights and moments while it has no place in the pack.
+        saved: The :attr:`mark` that can be gone on from: a checkpoint's, or that of the beginning.
+        parked: Weights and moments while it is not in the pack; None where it begins.
         outcome: How it ended; None while it runs.
         place: Its number among those that train at the same time; it keeps it to its end.
+        turn: Which of the run's plans it is, counted from 0; lanes of a pack lie in this order.
+        clock: The pack's clock when it came this far.
+        places: How many the pack had then; None for a lane that begins.
     """
 
     plan: TrialPlan
@@ -47,10 +50,13 @@ class Lane:
     kept: int | None = None
     told: list[StepReport | EpochEvaluation] = field(default_factory=list)
     resumed: int = 0
-    saved: tuple[int, int] | None = None
+    saved: tuple[int, int] = (0, 0)
     parked: LaneState | None = None
     outcome: Outcome | None = None
     place: int = 0
+    turn: int = 0
+    clock: int = 0
+    places: int | None = None
 
     @property
     def due(self) -> bool:

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 # Part of every fingerprint. Another number for a change of the file, and for any change of
 # the engine after which the same plan trains otherwise (masks, order, arithmetic).
-_FORMAT = 1
+_FORMAT = 2
 _SHARE = 0.005  # of the time may go into writing all lanes every so often
 
 
@@ -126,7 +126,7 @@ class LaneCheckpoints:
     def fingerprint(self, plan: TrialPlan) -> str:
         """SHA-256 (hex) of all that decides the plan's trajectory."""
         decides = dataclasses.asdict(plan)
-        for key in ("number", "folder", "parameters"):  # the last is in the others, resolved
+        for key in ("number", "folder", "begins", "parameters"):  # the last is in others, resolved
             del decides[key]
         text = json.dumps([_FORMAT, self._shared, decides], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -50,6 +50,8 @@ def lane_content(lane: Lane, state: LaneState, fingerprint: str) -> bytes:
             "step": lane.progress.step,
             "kept": lane.kept,
             "seconds": lane.seconds,
+            "clock": lane.clock,
+            "places": lane.places,
             "evaluations": [[one.epoch, one.step, one.seconds] for one in epochs],
         }
     )
@@ -107,6 +109,7 @@ def fill_lane(
         for name, parameter, _ in trained_parameters(lane.adapter):
             parameter.data = tensors[f"best.{name}"]
     progress.step = lane.resumed = about["step"]
+    lane.clock, lane.places = about["clock"], about["places"]
     lane.began = time.perf_counter() - about["seconds"]
     lane.losses = tensors["losses"].tolist()
     told: list[StepReport | EpochEvaluation] = [
@@ -122,7 +125,6 @@ def fill_lane(
             steps=progress.steps,
             logits=tensors[f"logits.{epoch}"].numpy(),
             seconds=seconds,
-            repeated=True,
         )
         for epoch, step, seconds in about["evaluations"]
     ]

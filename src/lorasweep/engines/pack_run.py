@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import logging
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,16 +15,16 @@ import torch.nn.functional as F
 
 from lorasweep.core.errors import StorageError
 from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState
-from lorasweep.core.plans import TrialPlan
+from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_adamw import LaneStep, update
 from lorasweep.engines.lane_checkpoint import discard, tell_again
 from lorasweep.engines.lane_memory import is_out_of_memory
 from lorasweep.engines.lane_scoring import validation_logits
+from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
-from lorasweep.model.lane_weights import LaneState
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen
@@ -41,15 +40,16 @@ class PackRun:
     """One call of :meth:`PackedEngine.run`."""
 
     def __init__(
-        self, engine: PackedEngine, plans: Iterator[TrialPlan], reporter: Reporter
+        self,
+        engine: PackedEngine,
+        plans: Iterator[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
     ) -> None:
         self.engine = engine
         self.plans = plans
         self.reporter = reporter
-        self.lanes: list[Lane] = []
-        self.parked: list[Lane] = []
-        self.exhausted = False
-        self._whole = True
+        self.places = PackPlaces(engine, resumption)
 
     def outcomes(self) -> Generator[Outcome, None, None]:
         """Fill, step, and yield what ended, until no plan is left.
@@ -57,20 +57,24 @@ class PackRun:
         Whatever stops it before that (Ctrl-C, an error that concerns all trials, whoever takes
         the outcomes closing it) leaves checkpoints of the trials under way.
         """
+        places = self.places
         self.engine.checkpoints.begin()
         try:
+            yield from self._fill()
             while True:
-                yield from self._fill()
-                if not self.lanes:
-                    return
-                if all(lane.outcome is None for lane in self.lanes):
-                    try:
-                        self._advance()
-                    except Exception as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        self._shrink(error)
-                yield from self._take_out_ended()
+                # What ends at the same step ends together: all of it is told before any point
+                # is asked for, and so it is again when some of it was told before a kill.
+                if not places.due:
+                    yield from self._give_out_ended()
+                    yield from self._fill()
+                    if not places.lanes:
+                        return
+                try:
+                    self._advance()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._shrink(error)
         except BaseException:
             self._save_before_stopping()
             raise
@@ -78,32 +82,38 @@ class PackRun:
     # -- places ------------------------------------------------------------------------
 
     def _fill(self) -> Iterator[Outcome]:
-        """Give every free place a lane: parked ones first, then the next plans."""
-        while len(self.lanes) < self.engine.capacity:
-            if self.parked:
-                self._enter(self.parked.pop(0))
-                continue
-            plan = None if self.exhausted else next(self.plans, None)
+        """Give every free place a lane: those outside whose time has come, then the next plans."""
+        places = self.places
+        places.enter()
+        while places.wants_plan:
+            plan = next(self.plans, None)
             if plan is None:
-                self.exhausted = True
-                return
-            began = time.perf_counter()
+                places.exhausted = True
+                break
+            turn, began = places.take_turn(), time.perf_counter()
             try:
                 lane = self.engine.build(plan)
             except StorageError:
                 raise  # the disk concerns all trials
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-                trace = traceback.format_exc()
-                seconds = time.perf_counter() - began
-                yield Outcome(plan.number, TrialState.FAILED, 0, seconds, reason, trace)
+                yield Outcome(
+                    plan.number,
+                    TrialState.FAILED,
+                    0,
+                    time.perf_counter() - began,
+                    reason,
+                    traceback.format_exc(),
+                    max(plan.begins, places.clock),
+                )
                 discard(plan.checkpoint)
                 continue
+            lane.turn = turn
             self._start(lane)
+        places.enter()
 
     def _start(self, lane: Lane) -> None:
-        taken = {other.place for other in (*self.lanes, *self.parked)}
-        lane.place = next(place for place in itertools.count() if place not in taken)
+        self.places.admit(lane)
         trainable, total = count_parameters(lane.adapter)
         facts = TrialFacts(
             trainable_parameters=trainable,
@@ -113,92 +123,60 @@ class PackRun:
             lane=lane.place,
             resumed_step=lane.resumed,
         )
-        self._enter(lane)
         release_frozen(lane.adapter)
         self.reporter.started(lane.plan.number, facts)
         tell_again(lane, self.reporter)
 
-    def _enter(self, lane: Lane) -> None:
-        model = self.engine.model
-        with self._changing():
-            if lane.parked is None:
-                model.add_lane(lane.adapter, lane.settings)
-            else:
-                model.restore_lane(lane.adapter, lane.settings, lane.parked)
-                lane.parked = None
-            self.lanes.append(lane)
-
-    def _take_out_ended(self) -> Iterator[Outcome]:
-        ended = [lane for lane in self.lanes if lane.outcome is not None]
-        if not ended:
+    def _give_out_ended(self) -> Iterator[Outcome]:
+        places = self.places
+        if not (ended := places.ended):
             return
-        self._keep([lane for lane in self.lanes if lane.outcome is None])
+        places.keep([lane for lane in places.lanes if lane.outcome is None])
         for lane in ended:
             assert lane.outcome is not None
-            yield lane.outcome
+            yield dataclasses.replace(lane.outcome, clock=places.clock)
             discard(lane.plan.checkpoint)  # only now: whoever took the outcome has noted it
-
-    def _keep(self, kept: list[Lane]) -> None:
-        with self._changing():
-            self.engine.model.keep_lanes([self.lanes.index(lane) for lane in kept])
-            self.lanes = kept
 
     def _shrink(self, error: Exception) -> None:
         """Memory ran out: park half of the lanes as they are, or fail the only one."""
-        self._whole = True  # an update allocates before it changes anything
-        weights = self.engine.model.weights
-        weights.drop_gradients()
+        places = self.places
+        places.whole = True  # an update allocates before it changes anything
+        self.engine.model.weights.drop_gradients()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(self.lanes) == 1:
-            plan = self.lanes[0].plan
-            self.lanes[0].end(
+        if len(places.lanes) == 1:
+            (lane,) = places.lanes
+            lane.end(
                 TrialState.FAILED,
-                f"out of memory at batch size {plan.batch_size} and rank {plan.adapter.rank}; "
-                "a smaller batch_size or model.max_length needs less",
+                f"out of memory at batch size {lane.plan.batch_size} and rank "
+                f"{lane.plan.adapter.rank}; a smaller batch_size or model.max_length needs less",
                 "".join(traceback.format_exception(error)),
             )
             return
         self.engine.halve()
-        half = max(1, len(self.lanes) // 2)
-        for lane in self.lanes[half:]:
-            lane.parked = self._state_of(lane)
-            self.parked.append(lane)
-        self._keep(self.lanes[:half])
-        _log.warning("out of memory: going on with %d lanes", half)
+        places.park_half()
+        _log.warning("out of memory: going on with %d lanes", len(places.lanes))
 
     def _advance(self) -> None:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
-        if due := [lane for lane in self.lanes if lane.due]:
+        places = self.places
+        if due := places.due:
             self._evaluate(due)
-        else:
+        elif not places.ended:
             self._step()
         checkpoints = self.engine.checkpoints
         if checkpoints.due:
-            checkpoints.save_all([*self.lanes, *self.parked], self._state_of)
+            checkpoints.save_all(places.everyone, places.state_of)
         else:
-            checkpoints.save(due, self._state_of)
-
-    # -- checkpoints -------------------------------------------------------------------
-
-    def _state_of(self, lane: Lane) -> LaneState:
-        if lane.parked is not None:
-            return lane.parked
-        return self.engine.model.lane_state(self.lanes.index(lane), lane.adapter)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Mark lanes that are half-way from one state to the next: none of them may be saved."""
-        self._whole = False
-        yield
-        self._whole = True
+            checkpoints.save(due, places.state_of)
 
     def _save_before_stopping(self) -> None:
         """Save all lanes as they are, unless the stop came while they changed."""
-        if not self._whole:
+        places = self.places
+        if not places.whole:
             return
         try:
-            self.engine.checkpoints.save([*self.lanes, *self.parked], self._state_of)
+            self.engine.checkpoints.save(places.everyone, places.state_of)
         except Exception as error:  # the reason for the stop is what must be told
             _log.warning("a trial will go on from an older checkpoint, or start again: %s", error)
 
@@ -206,12 +184,12 @@ class PackRun:
 
     def _step(self) -> None:
         """One optimizer step of every lane."""
-        engine, model = self.engine, self.engine.model
+        engine, model, lanes = self.engine, self.engine.model, self.places.lanes
         batch = lay_out(
             engine.train,
             [
                 LaneRows(lane.progress.next_rows(), lane_key(lane.plan.seed), lane.progress.step)
-                for lane in self.lanes
+                for lane in lanes
             ],
             engine.device,
             training=True,
@@ -222,13 +200,12 @@ class PackRun:
         losses = lane_sums(each.detach().unsqueeze(1), batch.row_ends).squeeze(1)
         # Lanes share no weight, so the gradient of the sum is each lane's own gradient.
         each.sum().backward()
-        idle = 0 if self.exhausted else engine.capacity - len(self.lanes)
-        engine.use.count(batch, len(self.lanes), idle)
+        engine.use.count(batch, len(lanes), self.places.idle)
         self._finish_step(losses)
 
     def _finish_step(self, losses: torch.Tensor) -> None:
         """Update all lanes and report; a lane whose loss is no number fails before its update."""
-        weights = self.engine.model.weights
+        weights, lanes = self.engine.model.weights, self.places.lanes
         weights.collect_gradients()
         steps = [
             LaneStep(
@@ -237,12 +214,13 @@ class PackRun:
                 lane.plan.max_grad_norm,
                 lane.progress.step + 1,
             )
-            for lane in self.lanes
+            for lane in lanes
         ]
         log_every = self.engine.settings.log_every
-        with self._changing():
+        with self.places.changing():
             norms = update(weights, steps)
-            found = zip(self.lanes, steps, losses.tolist(), norms.tolist(), strict=True)
+            self.places.tick()
+            found = zip(lanes, steps, losses.tolist(), norms.tolist(), strict=True)
             reports = [
                 lane.count_step(step.rate, loss, norm, log_every)
                 for lane, step, loss, norm in found
@@ -255,7 +233,8 @@ class PackRun:
 
     def _evaluate(self, due: list[Lane]) -> None:
         """Score the validation rows with every lane that ended an epoch, and ask about each."""
-        scored = validation_logits(self.engine, self.lanes, due)
+        places = self.places
+        scored = validation_logits(self.engine, places.lanes, due)
         for lane, logits in zip(due, scored, strict=True):
             progress, plan = lane.progress, lane.plan
             if not np.isfinite(logits).all():
@@ -276,9 +255,9 @@ class PackRun:
                 seconds=lane.seconds,
             )
             verdict = self.reporter.evaluated(evaluation)
-            with self._changing():
+            with places.changing():
                 if verdict.keep:
-                    self.engine.model.write_lane(self.lanes.index(lane), lane.adapter)
+                    self.engine.model.write_lane(places.lanes.index(lane), lane.adapter)
                     save_adapter(lane.adapter, plan.adapter_folder)
                     lane.kept = evaluation.epoch
                 lane.told.append(evaluation)

@@ -18,7 +18,7 @@ import torch
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.outcomes import Outcome
-from lorasweep.core.plans import EngineSettings, TrialPlan
+from lorasweep.core.plans import NOTHING_BEFORE, EngineSettings, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines.lane import Lane, PackUse
@@ -95,10 +95,15 @@ class PackedEngine:
             self._lanes = self._measured_lanes()
         return self._lanes
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
         self.model.keep_lanes([])
-        yield from PackRun(self, iter(plans), reporter).outcomes()
+        yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
 
     def halve(self) -> None:
         """Go on with half the lanes: memory ran out."""
@@ -120,6 +125,7 @@ class PackedEngine:
             adapter=adapter,
             settings=LaneSettings(plan.adapter.scaling, plan.adapter.dropout),
             began=began,
+            clock=plan.begins,
         )
         self.checkpoints.take_up(lane)
         return lane

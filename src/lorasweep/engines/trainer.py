@@ -33,7 +33,7 @@ from transformers import PrinterCallback, TrainingArguments
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import DivergedError, ModelError, Problem, StorageError
 from lorasweep.core.outcomes import Outcome, TrialState
-from lorasweep.core.plans import EngineSettings, TrialPlan
+from lorasweep.core.plans import NOTHING_BEFORE, EngineSettings, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import steps_per_epoch
@@ -85,8 +85,14 @@ class TrainerEngine:
         """One: trials run one after another."""
         return 1
 
-    def run(self, plans: Iterable[TrialPlan], reporter: Reporter) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        plans: Iterable[TrialPlan],
+        reporter: Reporter,
+        resumption: Resumption = NOTHING_BEFORE,
+    ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
+        del resumption  # one after another, the order is that of the plans
         for plan in plans:
             yield self._run_trial(plan, reporter)
 

@@ -7,7 +7,7 @@ stated here once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ RAW = "raw"  # the point as sampled
 PARAMETERS = "parameters"  # the point as trained: alpha resolved
 SEED = "seed"
 RETRY_OF = "retry_of"
+BEGINS = "begins"  # the engine's clock when its place in the sweep was first asked for
 LEASE = "lease"
 # Of a trial, while it runs and when it ends:
 RUN_ID = "run_id"
 FACTS = "facts"
 PROGRESS = "progress"  # history, best score so far, its epoch and metrics
-ENDED = "ended"  # state, reason, seconds; counts only once Optuna's state is final
+ENDED = "ended"  # state, reason, seconds, clock; counts only once Optuna's state is final
 
 _STATES = {
     OptunaState.RUNNING: TrialState.RUNNING,
@@ -200,6 +201,26 @@ def waiting_for_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         if trial.user_attrs[SLOT] not in filled
     }
     return [latest[slot] for slot in sorted(latest)]
+
+
+def clock(trials: Iterable[FrozenTrial]) -> int:
+    """The engine's clock when it gave out the last outcome that was told; 0 before the first."""
+    ended = (trial.user_attrs.get(ENDED, {}) for trial in trials if trial.state.is_finished())
+    return max((int(end.get("clock", 0)) for end in ended), default=0)
+
+
+def decided(trials: Iterable[FrozenTrial], slot: int, epoch: int) -> str | None:
+    """What was decided when an epoch of a place in the sweep was first told.
+
+    Returns:
+        Why its trial was to be pruned; empty when it was to go on; None when it wasn't told yet.
+    """
+    for trial in trials:
+        progress = trial.user_attrs.get(PROGRESS, {})
+        told = [at for at, _ in progress.get("history", ())]
+        if trial.user_attrs[SLOT] == slot and epoch in told:
+            return progress.get("pruned", "") if epoch == told[-1] else ""
+    return None
 
 
 def raw_point(trial: FrozenTrial) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from lorasweep.core.outcomes import (
     TrialState,
     Verdict,
 )
+from lorasweep.core.plans import Resumption
 from lorasweep.core.seeding import derive_seed
 from lorasweep.search import ledger, points, samplers
 from lorasweep.search.identity import STUDY_ID, create_or_compare
@@ -62,12 +63,14 @@ class Asked:
         parameters: Values by the spec's names, alpha resolved, lists as tuples.
         seed: The trial's seed: it depends on the sweep's seed and the parameters alone.
         retry_of: Number of the interrupted trial that had this point; None for a new one.
+        begins: The engine's clock when the point was first asked for.
     """
 
     number: int
     parameters: Mapping[str, Any]
     seed: int
     retry_of: int | None = None
+    begins: int = 0
 
 
 class Study(Ledger):
@@ -183,6 +186,12 @@ class Study(Ledger):
             size = points.size(self._spec.space.dimensions)
         return self._spec.trials if size is None else min(size, self._spec.trials)
 
+    @property
+    def resumption(self) -> Resumption:
+        """What earlier commands left to the engine; ask after :meth:`reconcile`."""
+        trials = self._trials()
+        return Resumption(len(ledger.waiting_for_retry(trials)), ledger.clock(trials))
+
     def ask(self) -> Asked | None:
         """Take the next point: an interrupted one first, else a new one that no trial has tried.
 
@@ -198,11 +207,15 @@ class Study(Ledger):
             if waiting:
                 earlier = waiting[0]
                 again = Suggestion(ledger.raw_point(earlier), earlier.system_attrs)
-                return self._begin(again, earlier.user_attrs[ledger.SLOT], earlier.number)
+                slot = earlier.user_attrs[ledger.SLOT]
+                begins = earlier.user_attrs.get(ledger.BEGINS, 0)
+                return self._begin(again, slot, begins, earlier.number)
             fresh = suggest(self._spec, self._seed, [(t, ledger.raw_point(t)) for t in known])
-            return None if fresh is None else self._begin(fresh, len(known), None)
+            return None if fresh is None else self._begin(fresh, len(known), ledger.clock(trials))
 
-    def _begin(self, chosen: Suggestion, slot: int, retry_of: int | None) -> Asked:
+    def _begin(
+        self, chosen: Suggestion, slot: int, begins: int, retry_of: int | None = None
+    ) -> Asked:
         """Write the trial with all that identifies it, in one transaction."""
         parameters = resolve(self._spec, chosen.raw, self._rank)
         seed = derive_seed(self._seed, "trial", points.canonical(parameters))
@@ -218,6 +231,7 @@ class Study(Ledger):
                 ledger.RAW: dict(chosen.raw),
                 ledger.PARAMETERS: parameters,
                 ledger.SEED: seed,
+                ledger.BEGINS: begins,
                 ledger.LEASE: lease.to_json(),
                 **({} if retry_of is None else {ledger.RETRY_OF: retry_of}),
             },
@@ -226,7 +240,7 @@ class Study(Ledger):
         trial_id = self._storage.create_new_trial(study_id, template_trial=trial)
         number = self._storage.get_trial_number_from_id(trial_id)
         self._leases[number] = lease
-        return Asked(number, parameters, seed, retry_of)
+        return Asked(number, parameters, seed, retry_of, begins)
 
     # ---- while a trial runs ----------------------------------------------------------
 
@@ -258,8 +272,8 @@ class Study(Ledger):
         Args:
             number: The trial.
             evaluation: Says which epoch it was and which share of the budget is spent. One that
-                is repeated counts at its rung, but isn't judged a second time: by now others
-                have come further than they had when it was let go on.
+                a trial that was cut off had told before counts at its rung, but isn't judged a
+                second time: by now others have come further than they had then.
             score: The objective; NaN is never an improvement.
             metrics: All validation metrics of this epoch.
 
@@ -282,22 +296,31 @@ class Study(Ledger):
         share = 1.0 if last else evaluation.share
         rung = rung_reached(self._spec.pruner, share, trial.intermediate_values)
         value = math.nan if best is None else best
-        prune = rung is not None and self._falls_behind(trial, rung, value)
-        if prune and not evaluation.repeated:
-            progress["pruned"] = f"at {rung} % of its budget others were ahead of {value:.4f}"
+        why = "" if rung is None else self._judge(trial, evaluation.epoch, rung, value)
+        if why:
+            progress["pruned"] = why
         self._note(number, ledger.PROGRESS, progress)
         self.renew(number)
-        return Verdict(keep=keep, go_on=not prune or evaluation.repeated)
+        return Verdict(keep=keep, go_on=not why)
 
-    def _falls_behind(self, trial: FrozenTrial, rung: int, value: float) -> bool:
-        """Store the value at the rung and ask the pruner, who sees only trials that count."""
+    def _judge(self, trial: FrozenTrial, epoch: int, rung: int, value: float) -> str:
+        """Store the value at the rung, and say why the trial is to be pruned, if it is.
+
+        The pruner sees only trials that count, and is asked once for each epoch of a place.
+        """
         with ledger.storage_errors(self._database):
             self._storage.set_trial_intermediate_value(trial._trial_id, rung, value)
-        known = ledger.counting(self._trials())
-        view = as_view([(t, ledger.raw_point(t)) for t in known], self._spec, self._name)
         slot = trial.user_attrs[ledger.SLOT]
+        trials = self._trials()
+        earlier = ledger.decided(trials, slot, epoch)
+        if earlier is not None:
+            return earlier
+        known = [(t, ledger.raw_point(t)) for t in ledger.counting(trials)]
+        view = as_view(known, self._spec, self._name)
         own = next(t for t in view.get_trials() if t.user_attrs[ledger.SLOT] == slot)
-        return self._pruner.prune(view, own)
+        if not self._pruner.prune(view, own):
+            return ""
+        return f"at {rung} % of its budget others were ahead of {value:.4f}"
 
     # ---- how a trial ends ------------------------------------------------------------
 
@@ -310,7 +333,8 @@ class Study(Ledger):
             False when the trial had ended already (it was taken for abandoned, and its
             point was given to another): then nothing changes and the result is dropped.
         """
-        return self._end(outcome.trial, outcome.state, outcome.reason, outcome.seconds)
+        more = {"seconds": outcome.seconds, "clock": outcome.clock}
+        return self._end(outcome.trial, outcome.state, outcome.reason, more)
 
     def interrupt(self, number: int, reason: str) -> bool:
         """End a trial that was cut off through no fault of its own; its point will be retried.
@@ -345,7 +369,7 @@ class Study(Ledger):
         return tuple(ended)
 
     def _end(
-        self, number: int, state: TrialState, reason: str, seconds: float | None = None
+        self, number: int, state: TrialState, reason: str, more: Mapping[str, float] | None = None
     ) -> bool:
         """The one place where a trial's state changes.
 
@@ -365,9 +389,7 @@ class Study(Ledger):
                 reason = reason or "no evaluation of it gave a finite score"
             if state is TrialState.PRUNED:
                 reason = reason or progress.get("pruned", "")
-            ended: dict[str, Any] = {"state": state.value, "reason": reason}
-            if seconds is not None:
-                ended["seconds"] = seconds
+            ended: dict[str, Any] = {"state": state.value, "reason": reason, **(more or {})}
             self._storage.set_trial_user_attr(trial._trial_id, ledger.ENDED, ended)
             value = score if state is TrialState.COMPLETED else None
             self._study.tell(number, value, state=_FINAL[state])

@@ -13,7 +13,12 @@ from lorasweep.spec.schema import Spec
 
 
 def plan_trial(
-    spec: Spec, number: int, seed: int, parameters: Mapping[str, Any], folder: Path
+    spec: Spec,
+    number: int,
+    seed: int,
+    parameters: Mapping[str, Any],
+    folder: Path,
+    begins: int = 0,
 ) -> TrialPlan:
     """Complete a sampled point with the spec's fixed values.
 
@@ -23,6 +28,7 @@ def plan_trial(
         seed: The trial's seed.
         parameters: Sampled values by the spec's names; absent ones stay fixed.
         folder: The trial's folder.
+        begins: The engine's clock when the point was first asked for.
     """
     lora, training = spec.lora, spec.training
     targets = parameters.get("targets", lora.targets)
@@ -45,6 +51,7 @@ def plan_trial(
         max_grad_norm=training.max_grad_norm,
         folder=folder,
         parameters=dict(parameters),
+        begins=begins,
     )
 
 

@@ -315,7 +315,7 @@ class Spec(Frozen):
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     search: SearchSpec
-    engine: EngineName = "trainer"
+    engine: EngineName = "auto"
     lanes: int | Literal["auto"] = "auto"
     baselines: tuple[BaselineName, ...] = Field(
         default=("untrained", "majority", "tfidf"),

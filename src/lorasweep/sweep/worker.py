@@ -107,7 +107,9 @@ class Worker:
         )
         try:
             # Closed before anything is marked: the engine then checkpoints what is under way.
-            with closing(self._engine.run(self._plans(parent), reporter)) as outcomes:
+            resumption = self._study.resumption
+            run = self._engine.run(self._plans(parent), reporter, resumption)
+            with closing(run) as outcomes:
                 for outcome in outcomes:
                     self._settle(outcome)
         except BaseException as error:
@@ -183,8 +185,9 @@ class Worker:
 
     def _begin(self, asked: Asked, parent: str) -> TrialPlan:
         spec, paths = self._prepared.spec, self._prepared.paths
+        folder = paths.trial(asked.number)
         plan = plan_trial(
-            spec, asked.number, asked.seed, asked.parameters, paths.trial(asked.number)
+            spec, asked.number, asked.seed, asked.parameters, folder, begins=asked.begins
         )
         plan.folder.mkdir(parents=True, exist_ok=True)
         self._bring_checkpoint(plan, asked.retry_of)
