@@ -28,7 +28,7 @@ from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packing import Progress, lanes_that_fit
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
-from lorasweep.model.heap import heap
+from lorasweep.model.heap import keep_freed_memory
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.precision import pick_device, resolve
 
@@ -84,7 +84,7 @@ class PackedEngine:
             self._most = min(self._most, most)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         if self.device.type == "cpu":
-            heap().keep_freed_memory()
+            keep_freed_memory()
         self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
 

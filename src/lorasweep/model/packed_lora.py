@@ -19,7 +19,6 @@ from transformers import Trainer
 
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
-from lorasweep.model.heap import heap
 from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
@@ -190,8 +189,6 @@ class PackedModel:
 
     def forward(self, batch: PackedBatch, *, training: bool) -> Tensor:
         """Return logits, float32 ``(rows, labels)``, in the batch's row order."""
-        if self.device.type == "cpu":
-            heap().advise()
         self.shared.prepare(batch, training)
         return self.run_base(batch, training=training)
 
