@@ -135,9 +135,12 @@ def epoch() -> Callable[..., Verdict]:
 
 @pytest.fixture
 def train(epoch: Callable[..., Verdict]) -> Callable[[Study, Asked], TrialState]:
-    """Carry a trial to its end as an engine would; its scores follow from its parameters."""
+    """Carry a trial to its end as an engine would; its scores follow from its parameters.
 
-    def make(study: Study, asked: Asked) -> TrialState:
+    With ``killed``, its process is gone after the first epoch was told.
+    """
+
+    def make(study: Study, asked: Asked, *, killed: bool = False) -> TrialState:
         quality = (
             0.5
             + 0.02 * asked.parameters["rank"]
@@ -147,6 +150,8 @@ def train(epoch: Callable[..., Verdict]) -> Callable[[Study, Asked], TrialState]
         state = TrialState.COMPLETED
         for at in range(1, epochs + 1):
             verdict = epoch(study, asked.number, at, of=epochs, score=quality * at / (at + 0.5))
+            if killed:
+                return TrialState.RUNNING
             if not verdict.go_on:
                 state = TrialState.PRUNED
                 break
