@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from lorasweep.core.outcomes import (
 )
 from lorasweep.core.plans import EngineSettings, Resumption, TrialPlan
 from lorasweep.engines.lane_checkpoint import LaneCheckpoints
+from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
 
@@ -186,3 +188,18 @@ def test_with_another_number_of_lanes_nobody_waits(lanes, steps, make_engine, pl
     # 2 begins again and has 10 steps to go; 3 has 4, after its second epoch at step 8.
     assert (cut.resumed[2], cut.resumed[3]) == (0, 8)
     assert (made.use.steps, made.use.lane_steps) == (steps, 14)
+
+
+@pytest.mark.parametrize("waiting", ["due", "ended"])
+def test_no_new_point_is_asked_for_before_all_that_ended_was_told(waiting):
+    places = PackPlaces(SimpleNamespace(capacity=3), Resumption(trials=0, clock=4))
+    lane = SimpleNamespace(due=False, outcome=None)
+    places.lanes.append(lane)
+    assert not places.wants_plan  # the last outcome that was told lies ahead
+    places.clock = 4
+    assert places.wants_plan
+    if waiting == "due":
+        lane.due = True
+    else:
+        lane.outcome = object()
+    assert not places.wants_plan

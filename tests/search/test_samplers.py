@@ -48,7 +48,7 @@ def test_points_lie_in_the_space_and_are_all_different(kind, search, open_study,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sweep_killed_after_every_trial_asks_for_the_same_points(
-    kind, search, open_study, train, epoch, gone
+    kind, search, open_study, train, gone
 ):
     spec = search(kind, trials=TRIALS)
     straight = _run(open_study(spec, "straight"), train)
