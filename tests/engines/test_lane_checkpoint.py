@@ -26,6 +26,7 @@ from lorasweep.core.outcomes import (
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_checkpoint import hand_over
+from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
@@ -404,18 +405,26 @@ def test_a_parked_lane_is_saved_as_it_was_when_memory_ran_out(engine, plans, str
         assert_same(straight, resumed, plan.number, NEIGHBOURS)
 
 
-def test_what_was_half_done_is_not_saved(engine, plans, straight, monkeypatch):
+@pytest.mark.parametrize("place", ["between update and count", "among losses"])
+def test_what_was_half_done_is_not_saved(place, engine, plans, straight, monkeypatch):
     """A stop between the update and its count would make one step count for two."""
-    made = engine()
+    made, tick, note_step = engine(), PackPlaces.tick, Lane.note_step
 
-    def stopped(self, *arguments):
-        if self.plan.number == 2 and self.progress.step == 7:
-            raise KeyboardInterrupt  # lane 1 has counted the step, 2 and 3 have not
-        return count_step(self, *arguments)
+    def stopped_tick(self):
+        if self.clock == 7:
+            raise KeyboardInterrupt
+        tick(self)
 
-    count_step = Lane.count_step
+    def stopped_note(self, step, *arguments):
+        if self.plan.number == 2 and step == 8:
+            raise KeyboardInterrupt  # lane 1 has noted the loss, 2 and 3 have not
+        return note_step(self, step, *arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "count_step", stopped)
+        if place == "among losses":
+            patch.setattr(Lane, "note_step", stopped_note)
+        else:
+            patch.setattr(PackPlaces, "tick", stopped_tick)
         cut(made, plans, lambda told: False)
     resumed = run(engine(), plans)
     assert {n: facts.resumed_step for n, facts in resumed.facts.items()} == {1: 4, 2: 6, 3: 4}
