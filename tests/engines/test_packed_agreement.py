@@ -7,6 +7,7 @@ shows that it would notice: dropout left out, its rate halved, rounding not done
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +22,8 @@ from lorasweep.core.protocols import Engine
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 
-SETTINGS = EngineSettings(precision="fp32", device="cpu", log_every=1, eval_batch_size=16)
+DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
+SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 T_95 = 1.895  # Student's t, 7 degrees of freedom, one-sided 5 %
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from lorasweep.model.scoring import predict_logits
 from lorasweep.spec.schema import ModelSpec
 
 # Every step is reported, so every step is compared.
-SETTINGS = EngineSettings(precision="fp32", device="cpu", log_every=1, eval_batch_size=16)
+DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
+SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 LOSSES, LOGITS = 1e-4, 1e-3
 ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert")
 

@@ -5,6 +5,7 @@ Dropout is on in the base and in the adapters, so the masks of a trial are held 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ from lorasweep.engines.packed import PackedEngine
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 
-SETTINGS = EngineSettings(precision="fp32", device="cpu", log_every=1, eval_batch_size=16)
+DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
+SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 NEIGHBOURS = 1e-5  # the stated tolerance: sums are taken in another order among other rows
 ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert")
 MINILM = "embedded/minilm"
@@ -80,12 +82,18 @@ def assert_same(one: Recorder, other: Recorder, trial: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "base_dropout"),
-    [*((name, rate) for name in ARCHITECTURES for rate in (0.1, 0.0)), (MINILM, 0.1)],
+    ("architecture", "base_dropout", "kernels"),
+    [
+        *((name, rate, "compiled") for name in ARCHITECTURES for rate in (0.1, 0.0)),
+        *((name, 0.1, "torch") for name in ARCHITECTURES),
+        (MINILM, 0.1, "compiled"),
+    ],
 )
 def test_neighbours_lane_and_refill_change_nothing_dropout_included(
-    architecture, base_dropout, open_tiny, splits, make_plan
+    architecture, base_dropout, kernels, open_tiny, splits, make_plan, monkeypatch
 ):
+    if kernels == "torch":
+        monkeypatch.setattr("lorasweep.model.kernels.loaded_kernels", lambda: None)
     if architecture == MINILM:
         spec = ModelSpec(name=MINILM, max_length=64, base_dropout=base_dropout)
         base = open_base(spec, ("no", "yes"))
