@@ -494,10 +494,11 @@ def test_a_torch_without_the_kernel_goes_by_the_buckets(use, caplog, monkeypatch
 
 def test_the_real_kernel_takes_the_arguments_that_it_is_given():
     found = inspect.signature(varlen.varlen_attn).parameters
-    ours = inspect.signature(StandIn.__call__).parameters
-    assert list(found) == list(ours)[1:]
-    for name, parameter in found.items():
-        assert (parameter.kind, parameter.default) == (ours[name].kind, ours[name].default)
+    ours = dict(list(inspect.signature(StandIn.__call__).parameters.items())[1:])
+    for name, parameter in ours.items():
+        assert (found[name].kind, found[name].default) == (parameter.kind, parameter.default)
+    for name in found.keys() - ours.keys():  # new ones may come, but not be called for
+        assert found[name].default is not inspect.Parameter.empty
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -546,7 +547,7 @@ def test_a_whole_model_computes_the_same(use, open_tiny, architecture, monkeypat
         pack.weights.weights.add_(0.05)  # B starts at zero, and A would have no gradient
     kernel = use(types=(torch.float32,))
     found = logits_and_gradient(pack)
-    assert kernel.calls
+    assert (kernel.calls[-1]["max_q"] == 1) == (architecture != "modernbert")  # the last layer
     windows = {call["window_size"] for call in kernel.calls}
     assert (len(windows) == 2) == (architecture == "modernbert")
     monkeypatch.setattr(varlen_proof, "_DEVICES", frozenset())

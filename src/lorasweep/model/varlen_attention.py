@@ -46,7 +46,7 @@ def varlen_attention(
         TypeError: It has one that takes other arguments.
         RuntimeError: It doesn't run on this device, or not with these tensors.
     """
-    # Torch 2.9 has none; and 2.10's takes neither scale nor window.
+    # Here, since not every torch has it that the project runs with.
     from torch.nn.attention.varlen import varlen_attn
 
     asking, most = starts, longest
