@@ -1,9 +1,10 @@
 """Attention over rows of unequal length that lie behind one another, without padding tokens.
 
 Everything else in an encoder works token by token and never notices where a row ends; attention
-does. On a CPU a compiled loop takes row after row; elsewhere ``row_attention.py`` does it in
-buckets of like length. The attention function is registered with transformers under
-:data:`PACKED`, so the model's own code runs unchanged around it.
+does. On a CPU a compiled loop takes row after row. On CUDA torch's own kernel takes all rows at
+once, where it has proven itself and nothing stands against it (``varlen_attention.py``). For all
+else ``row_attention.py`` does it in buckets of like length. The attention function is registered
+with transformers under :data:`PACKED`, so the model's own code runs unchanged around it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from lorasweep.model.kernel_library import Attending, RowPlaces
 from lorasweep.model.kernels import kernels_for
 from lorasweep.model.packed_dropout import rate_byte
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
+from lorasweep.model.varlen_attention import varlen_attention
+from lorasweep.model.varlen_proof import proven_options
 
 PACKED = "lorasweep_packed"
 
@@ -92,11 +95,21 @@ def packed_attention(
     if dropout > 0 and pack.batch.streams is not None:
         masked = AttentionDropout(pack.batch.streams, module.pack_key, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if kernels_for(q) is None:
-        out = RowAttention.apply(q, k, v, scaling, pack.batch.buckets, masked, sliding_window)
-    else:
-        places = pack.batch.places(first_only=len(q) != len(k))
+    batch = pack.batch
+    first_only = len(q) != len(k)
+    if kernels_for(q) is not None:
+        places = batch.places(first_only=first_only)
         out = CompiledAttention.apply(q, k, v, scaling, places, masked, sliding_window)
+        return out.unsqueeze(0), None
+    options = None
+    # Torch's kernel draws dropout itself, and takes no tokens that belong to no row.
+    if masked is None and batch.real is None and not (first_only and sliding_window):
+        options = proven_options(q.device, q.dtype, q.shape[1], q.shape[2], sliding_window)
+    if options is None:
+        out = RowAttention.apply(q, k, v, scaling, batch.buckets, masked, sliding_window)
+    else:
+        starts, longest = batch.row_starts, batch.longest
+        out = varlen_attention(q, k, v, scaling, starts, longest, sliding_window, options)
     return out.unsqueeze(0), None
 
 
