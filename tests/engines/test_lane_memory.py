@@ -1,4 +1,10 @@
-"""What one more lane takes, whether the lanes were measured or fixed."""
+"""What one more lane takes, whether the lanes were measured or fixed, and too little memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +13,7 @@ import torch
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.engines.engine_use import use_of
-from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
+from lorasweep.engines.lane_memory import is_out_of_memory, lane_bytes, saved_bytes
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.packing import length_batches
 from lorasweep.engines.trainer import TrainerEngine
@@ -82,6 +88,38 @@ def test_where_not_even_one_lane_fits_the_need_is_unknown(make_engine, monkeypat
     monkeypatch.setattr(engine.model, "forward", full)
     assert bytes_of(engine) is None
     assert engine.model.lanes == 0
+
+
+def test_where_memory_really_runs_out_the_lanes_are_halved_and_no_trial_is_lost(tmp_path):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("tight_memory.py"), tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: going on with" in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["halved"] >= 1
+    assert found["lanes"] == 8 // 2 ** found["halved"]
+    assert found["ends"] == {str(number): ["completed", 2, ""] for number in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("error", "out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error, out):
+    assert is_out_of_memory(error) is out
 
 
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):

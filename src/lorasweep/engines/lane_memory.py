@@ -89,7 +89,11 @@ def lane_bytes(
 
 def is_out_of_memory(error: Any) -> bool:
     """Whether an exception says that memory ran out."""
-    # On a CPU torch raises a plain RuntimeError from its allocator.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # A CPU has no exception of its own: torch's allocator says the first, and oneDNN the second,
+    # when there is no room for the code of a product (one that it can't do at all, it says
+    # before that, of the primitive's descriptor).
+    words = ("can't allocate memory", "could not create a primitive")
+    text = str(error)
+    return isinstance(error, RuntimeError) and (words[0] in text or text.endswith(words[1]))

@@ -26,6 +26,7 @@ from lorasweep.engines.lane_scoring import validation_logits
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
+from lorasweep.model.heap import give_freed_memory_back
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen
@@ -165,6 +166,8 @@ class PackRun:
         self.engine.model.weights.drop_gradients()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            give_freed_memory_back()
         if len(places.lanes) == 1:
             (lane,) = places.lanes
             lane.end(

@@ -1,4 +1,4 @@
-"""Keep the memory that a step frees for the next step."""
+"""Keep the memory that a step frees for the next step, until it is wanted back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ def keep_freed_memory() -> None:
     By default glibc returns them, and the kernel clears every page anew
     (docs/performance.md says what that took). The process keeps its largest step's memory instead.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if (libc := _glibc()) is None:
         return
-    libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_TOP_PAD, _TOP)
+
+
+def give_freed_memory_back() -> None:
+    """Return to the kernel what was kept and isn't used: memory ran out."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

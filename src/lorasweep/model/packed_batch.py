@@ -100,18 +100,6 @@ class PackedBatch:
         return self._places[first_only]
 
     @property
-    def row_starts(self) -> Tensor:
-        """Where each row begins without filling tokens, and the end; int32 ``(rows + 1,)``."""
-        return torch.from_numpy(np.append(0, np.cumsum(self.lengths)).astype(np.int32)).to(
-            self.ids.device
-        )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return int(self.lengths.max())
-
-    @property
     def tokens(self) -> int:
         """Tokens of the batch's rows."""
         return int(self.lengths.sum())
