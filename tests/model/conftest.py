@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import varlen
+from varlen_kernel import StandIn
 
 from lorasweep.core.corpora import EncodedSplit
+from lorasweep.model import packed_attention as attention_module
+from lorasweep.model import varlen_proof
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.schema import ModelSpec
 
@@ -51,3 +56,22 @@ def encode() -> Callable[[Base], EncodedSplit]:
         )
 
     return make
+
+
+@pytest.fixture
+def use_kernel(monkeypatch) -> Callable[..., StandIn]:
+    """Let a stand-in serve the CPU, instead of compiled attention."""
+
+    def make(kernel=None, types=(torch.bfloat16, torch.float16)):
+        kernel = StandIn(types) if kernel is None else kernel
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        monkeypatch.setattr(varlen_proof, "_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(varlen_proof, "_TYPES", frozenset(types))
+        if torch.float32 in types:  # then the buckets that it is held to round as much as it
+            monkeypatch.setattr(varlen_proof, "_TOLERANCE", 100)
+        monkeypatch.setattr(attention_module, "kernels_for", lambda _: None)
+        varlen_proof._tried.cache_clear()
+        return kernel
+
+    yield make
+    varlen_proof._tried.cache_clear()
