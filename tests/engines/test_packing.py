@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, TrialPlan
 from lorasweep.data.order import epoch_batches
-from lorasweep.engines.lane_adamw import LaneStep, update
+from lorasweep.engines.lane_adamw import LaneStep, adamw, proven, update
 from lorasweep.engines.packing import (
     Progress,
     lanes_that_fit,
@@ -143,6 +143,39 @@ def test_a_lane_without_a_finite_gradient_is_updated_alone():
         update(each, [LaneStep(0.1, 0.01, 1.0, 1)] * 3)
     assert torch.equal(weights[True].weights[[0, 2]], weights[False].weights[[0, 2]])
     assert weights[True].weights[1].isnan().all()
+
+
+def adamw_inputs() -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    shapes = [(5, 24)] * 4 + [(24,), (5,), (4, 5, 1)]
+    return [torch.rand(shape, generator=draw) + 0.1 for shape in shapes]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_update_is_taken_where_it_does_the_same():
+    fused = proven(torch.compile(adamw, dynamic=True), torch.device("cpu"))
+    assert fused is not adamw
+    one, other = adamw_inputs(), adamw_inputs()
+    for inputs in (one, other):
+        inputs[1][2] = torch.nan  # a lane that fails
+    fused(*one)
+    adamw(*other)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert one[0][2].isnan().all()
+    assert one[0][[0, 1, 3, 4]].isfinite().all()
+
+
+def test_an_update_that_cannot_be_compiled_or_gets_it_wrong_is_not_taken(caplog):
+    def without_compiler(*_: torch.Tensor) -> None:
+        raise RuntimeError("no compiler")
+
+    def without_decay(*tensors: torch.Tensor) -> None:
+        adamw(*tensors[:4], torch.zeros_like(tensors[4]), *tensors[5:])
+
+    for fused, reason in ((without_compiler, "no compiler"), (without_decay, "close")):
+        caplog.clear()
+        assert proven(fused, torch.device("cpu")) is adamw
+        assert reason in caplog.text
 
 
 def test_lanes_keep_their_state_when_others_come_go_and_widen_the_layout():

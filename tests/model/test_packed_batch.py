@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import numpy as np
 import torch
 
@@ -40,8 +42,8 @@ def test_filling_tokens_belong_to_no_row():
     )
     assert filled.ids.shape[1] > plain.ids.shape[1] == plain.tokens == filled.tokens
     assert filled.attended == filled.ids.shape[1]
-    for name in ("ids", "positions", "streams", "token_lane", "split_tokens"):
-        whole, expected = getattr(filled, name).flatten(), getattr(plain, name).flatten()
+    for name in ("ids", "positions", "streams", "token_spans.lane", "split_tokens"):
+        whole, expected = (attrgetter(name)(batch).flatten() for batch in (filled, plain))
         assert torch.equal(whole[filled.real], expected), name
     assert torch.equal(filled.row_streams, plain.row_streams)
     row = filled.places(first_only=False)

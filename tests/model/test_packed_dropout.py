@@ -86,9 +86,9 @@ def test_streams_depend_on_trial_step_row_and_place_but_not_on_the_neighbours(en
     among = lay_out(
         split, [other, LaneRows(np.array([], dtype=np.int64)), mine], CPU, training=True
     )
-    inside = among.token_lane == 2
+    inside = among.token_spans.lane == 2
     assert torch.equal(alone.streams, among.streams[inside])
-    assert torch.equal(alone.row_streams, among.row_streams[among.row_lane == 2])
+    assert torch.equal(alone.row_streams, among.row_streams[among.row_spans.lane == 2])
     assert len(set(among.streams.tolist())) == among.tokens  # row 2 has two trials' streams
     later = lay_out(split, [LaneRows(mine.rows, mine.key, step=5)], CPU, training=True)
     assert not set(later.streams.tolist()) & set(alone.streams.tolist())

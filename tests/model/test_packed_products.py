@@ -18,6 +18,7 @@ from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
 from lorasweep.model.packed_modules import AdaptableLinear
 from lorasweep.model.packed_products import (
+    LaneSpans,
     adapted_linear,
     grouped_outer,
     grouped_product,
@@ -29,7 +30,9 @@ from lorasweep.model.row_buckets import bucket_bounds, make_buckets
 from lorasweep.model.scoring import pad_rows
 
 CPU = torch.device("cpu")
-ENDS = torch.tensor([3, 3, 8, 9], dtype=torch.int32)  # the second lane has no rows
+SPANS = LaneSpans(  # the second lane has no rows
+    torch.tensor([3, 3, 8, 9], dtype=torch.int32), torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 3]), 5
+)
 LANES = [range(3), range(3, 3), range(3, 8), range(8, 9)]
 
 
@@ -44,8 +47,8 @@ def test_grouped_products_are_those_of_each_lane(dtype, wide, narrow):
     # 16 and 8 go through torch's own kernel in float32, the others through the padded product.
     x, y = numbers(9, wide, dtype=dtype), numbers(9, narrow, seed=1, dtype=dtype)
     matrices = numbers(4, wide, narrow, seed=2, dtype=dtype)
-    product, outer = grouped_product(x, matrices, ENDS), grouped_outer(x, y, ENDS)
-    sums = lane_sums(x, ENDS)
+    product, outer = grouped_product(x, matrices, SPANS), grouped_outer(x, y, SPANS)
+    sums = lane_sums(x, SPANS)
     for lane, rows in enumerate(LANES):
         inside = list(rows)
         torch.testing.assert_close(product[inside], x[inside] @ matrices[lane])
@@ -55,9 +58,9 @@ def test_grouped_products_are_those_of_each_lane(dtype, wide, narrow):
 
 def test_a_nan_stays_in_its_lane():
     x, matrices = numbers(9, 16, dtype=torch.float32), numbers(4, 16, 8, dtype=torch.float32)
-    clean = grouped_product(x, matrices, ENDS), grouped_outer(x, x, ENDS), lane_sums(x, ENDS)
+    clean = grouped_product(x, matrices, SPANS), grouped_outer(x, x, SPANS), lane_sums(x, SPANS)
     x[4] = torch.nan
-    dirty = grouped_product(x, matrices, ENDS), grouped_outer(x, x, ENDS), lane_sums(x, ENDS)
+    dirty = grouped_product(x, matrices, SPANS), grouped_outer(x, x, SPANS), lane_sums(x, SPANS)
     others = [row for row in range(9) if row != 4]
     assert torch.equal(clean[0][others], dirty[0][others])
     for before, after in zip(clean[1:], dirty[1:], strict=True):
@@ -74,18 +77,17 @@ def test_gradients_of_the_adapted_linear_layer(dropout, biased):
     scaling = torch.rand(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def layer(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return adapted_linear(x, down, up, weight, bias, scaling, mask, ENDS)
+        return adapted_linear(x, down, up, weight, bias, scaling, mask, SPANS)
 
     inputs = numbers(9, 6), numbers(4, 2, 6, seed=1), numbers(4, 5, 2, seed=2)
     assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])
 
 
 def test_gradients_of_lanes_own_linear_layers():
-    lane = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 3])
     inputs = numbers(9, 6), numbers(4, 3, 6, seed=1), numbers(4, 3, seed=2)
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return lane_linear(x, weight, bias, ENDS, lane)
+        return lane_linear(x, weight, bias, SPANS)
 
     assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])
 

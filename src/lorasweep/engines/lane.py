@@ -73,12 +73,13 @@ class Lane:
         """Wall time that it was under way, that before a checkpoint included."""
         return time.perf_counter() - self.began
 
-    def count_step(
-        self, rate: float, loss: float, norm: float, log_every: int
+    def note_step(
+        self, step: int, rate: float, loss: float, norm: float, log_every: int
     ) -> StepReport | None:
-        """Note a step whose update was made, or fail where its loss is no finite number.
+        """Note the loss of a step whose update was made, or fail where it is no finite number.
 
         Args:
+            step: Which of its steps it was, counted from 1; it may have made another since.
             rate: Of the step.
             loss: Of the step.
             norm: Of its gradient, before clipping.
@@ -87,21 +88,23 @@ class Lane:
         Returns:
             What the reporter is to be told now, if anything.
         """
+        if self.outcome is not None:
+            return None
         progress = self.progress
         if not math.isfinite(loss):
+            progress.step = step - 1  # the last one that counts
             self.end(
                 TrialState.FAILED,
-                f"the training loss became {loss} at step {progress.step + 1} "
+                f"the training loss became {loss} at step {step} "
                 f"of {progress.steps}; a lower learning rate may hold it",
             )
             return None
-        progress.step += 1
         self.losses.append(loss)
-        if progress.step % log_every and not progress.ended:
+        if step % log_every and step < progress.steps:
             return None
         mean = sum(self.losses) / len(self.losses)
         self.losses.clear()
-        report = StepReport(self.plan.number, progress.step, progress.steps, mean, rate, norm)
+        report = StepReport(self.plan.number, step, progress.steps, mean, rate, norm)
         self.told.append(report)
         return report
 

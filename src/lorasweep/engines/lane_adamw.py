@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorasweep.model.lane_weights import LaneWeights
+from lorasweep.model.transfer import on_device
+
+_log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +48,90 @@ def update(weights: LaneWeights, lanes: Sequence[LaneStep]) -> Tensor:
     number of one lane ever meets one of another.
 
     Args:
-        weights: With collected gradients; they are clipped in place.
+        weights: With collected gradients; they are spent.
         lanes: One entry a lane.
 
     Returns:
         Each lane's gradient norm before clipping, ``(lanes,)``.
     """
-    gradients, first, second = weights.gradients, weights.first, weights.second
     norms = weights.gradient_norms()
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=weights.dtype, device=weights.device).unsqueeze(1)
-
-    limit = column([lane.max_grad_norm or torch.inf for lane in lanes])
-    gradients.mul_((limit / (norms.unsqueeze(1) + _CLIP_EPSILON)).clamp_(max=1.0))
-    if any(lane.weight_decay for lane in lanes):
-        shrink = column([-lane.rate * lane.weight_decay for lane in lanes])
-        weights.weights.mul_((shrink * weights.decays).add_(1.0))
     beta_1, beta_2 = BETAS
+    numbers = [
+        [lane.max_grad_norm or np.inf for lane in lanes],
+        [-lane.rate * lane.weight_decay for lane in lanes],
+        [(1 - beta_2**lane.step) ** 0.5 for lane in lanes],
+        [-lane.rate / (1 - beta_1**lane.step) for lane in lanes],
+    ]
+    (columns,) = on_device([np.array(numbers, dtype=_DTYPES[weights.dtype])], weights.device)
+    arithmetic = _fused(weights.device) if weights.device.type == "cuda" else adamw
+    arithmetic(
+        weights.weights,
+        weights.gradients,
+        weights.first,
+        weights.second,
+        weights.decays,
+        norms,
+        columns.unsqueeze(2),
+    )
+    return norms
+
+
+def adamw(
+    weights: Tensor,
+    gradients: Tensor,
+    first: Tensor,
+    second: Tensor,
+    decays: Tensor,
+    norms: Tensor,
+    columns: Tensor,
+) -> None:
+    """Do the arithmetic of :func:`update`, in place.
+
+    Args:
+        weights: As in ``LaneWeights``, like all of these.
+        gradients: They are spent.
+        first: Moments.
+        second: Moments of the squares.
+        decays: 1 where weight decay applies, ``(numbers a lane,)``.
+        norms: Of the gradients, ``(lanes,)``.
+        columns: Clipping norm, minus rate times decay, the root of the second moment's bias
+            correction, and minus the rate over the first one's: ``(4, lanes, 1)``.
+    """
+    limit, shrink, root, rate = columns.unbind()
+    beta_1, beta_2 = BETAS
+    gradients.mul_((limit / (norms.unsqueeze(1) + _CLIP_EPSILON)).clamp_(max=1.0))
+    weights.mul_((shrink * decays).add_(1.0))
     first.lerp_(gradients, 1 - beta_1)
     second.mul_(beta_2).addcmul_(gradients, gradients, value=1 - beta_2)
-    root = column([(1 - beta_2**lane.step) ** 0.5 for lane in lanes])
-    rate = column([-lane.rate / (1 - beta_1**lane.step) for lane in lanes])
     # The gradients are spent: their memory holds the denominator, then the update.
     torch.sqrt(second, out=gradients).div_(root).add_(EPSILON)
     torch.div(first, gradients, out=gradients).mul_(rate)
-    weights.weights.add_(gradients)
-    return norms
+    weights.add_(gradients)
+
+
+@cache
+def _fused(device: torch.device) -> Arithmetic:
+    """Return :func:`adamw` as one kernel, once it has shown on this machine that it can be."""
+    return proven(torch.compile(adamw, dynamic=True), device)
+
+
+def proven(fused: Arithmetic, device: torch.device) -> Arithmetic:
+    """Return a fused update if it does what :func:`adamw` does; else that, with a line in the log.
+
+    Args:
+        fused: Perhaps a faster way; perhaps there is no compiler, or one that gets it wrong.
+        device: Where it shall serve.
+    """
+    draw = torch.Generator().manual_seed(0)
+    matrices = [torch.rand(3, 40, generator=draw).to(device) for _ in range(4)]
+    others = [torch.rand(shape, generator=draw).to(device) for shape in ((40,), (3,), (4, 3, 1))]
+    expected = [matrix.clone() for matrix in matrices]
+    adamw(*expected, *others)
+    try:
+        fused(*matrices, *others)
+        torch.testing.assert_close(matrices, expected, rtol=1e-5, atol=1e-6)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        _log.warning("AdamW takes several kernels a step instead of one: %s", reason[0])
+        return adamw
+    return fused

@@ -32,17 +32,21 @@ def validation_logits(
         For each lane of ``due`` its logits, ``(validation rows, labels)``, in row order.
     """
     split = engine.validation
-    labels = len(engine.base.label_names)
-    scored = [np.zeros((len(split), labels), dtype=np.float32) for _ in due]
-    nothing = np.zeros(0, dtype=np.int64)
+    batches = length_batches(split, engine.settings.eval_batch_size)
+    nothing, found = np.zeros(0, dtype=np.int64), []
     with torch.no_grad():
-        for rows in length_batches(split, engine.settings.eval_batch_size):
+        for rows in batches:
             entries = [LaneRows(rows if lane in due else nothing) for lane in lanes]
             batch = lay_out(
                 split, entries, engine.device, training=False, filled=engine.model.filled
             )
-            logits: Any = engine.model.forward(batch, training=False).float().cpu().numpy()
+            found.append(engine.model.forward(batch, training=False).float())
             engine.use.count_tokens(batch)
-            for at, result in enumerate(scored):
-                result[rows] = logits[at * len(rows) : (at + 1) * len(rows)]
+        logits: Any = torch.cat(found).cpu().numpy()  # one wait for an accelerator, at the end
+    scored = [np.zeros((len(split), logits.shape[1]), dtype=np.float32) for _ in due]
+    at = 0
+    for rows in batches:
+        for result in scored:
+            result[rows] = logits[at : at + len(rows)]
+            at += len(rows)
     return scored

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 import traceback
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lorasweep.core.errors import StorageError
-from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialFacts, TrialState
 from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
@@ -29,6 +30,7 @@ from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen
 from lorasweep.model.packed_products import lane_sums
+from lorasweep.model.transfer import OnItsWay
 
 if TYPE_CHECKING:
     from lorasweep.engines.packed import PackedEngine
@@ -36,8 +38,26 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MadeStep:
+    """A step whose update was made, and whose losses may still be on their way.
+
+    Attributes:
+        lanes: Who took it, with the step's number (from 1) and rate.
+        values: Losses and gradient norms, ``(2, lanes)``.
+    """
+
+    lanes: tuple[tuple[Lane, int, float], ...]
+    values: OnItsWay
+
+
 class PackRun:
-    """One call of :meth:`PackedEngine.run`."""
+    """One call of :meth:`PackedEngine.run`.
+
+    Attributes:
+        unread: Steps that were made and whose losses were not read yet, at most
+            ``engine.lag`` of them between two steps.
+    """
 
     def __init__(
         self,
@@ -50,6 +70,7 @@ class PackRun:
         self.plans = plans
         self.reporter = reporter
         self.places = PackPlaces(engine, resumption)
+        self.unread: deque[MadeStep] = deque()
 
     def outcomes(self) -> Generator[Outcome, None, None]:
         """Fill, step, and yield what ended, until no plan is left.
@@ -159,13 +180,15 @@ class PackRun:
 
     def _advance(self) -> None:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
-        places = self.places
+        places, checkpoints = self.places, self.engine.checkpoints
+        if places.due:
+            self._read_losses()  # one of them may fail
         if due := places.due:
             self._evaluate(due)
         elif not places.ended:
             self._step()
-        checkpoints = self.engine.checkpoints
         if checkpoints.due:
+            self._read_losses()
             checkpoints.save_all(places.everyone, places.state_of)
         else:
             checkpoints.save(due, places.state_of)
@@ -176,6 +199,7 @@ class PackRun:
         if not places.whole:
             return
         try:
+            self._note_losses()  # who goes on will be told them again
             self.engine.checkpoints.save(places.everyone, places.state_of)
         except Exception as error:  # the reason for the stop is what must be told
             _log.warning("a trial will go on from an older checkpoint, or start again: %s", error)
@@ -197,14 +221,14 @@ class PackRun:
         )
         logits = model.forward(batch, training=True)
         each = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
-        losses = lane_sums(each.detach().unsqueeze(1), batch.row_ends).squeeze(1)
+        losses = lane_sums(each.detach().unsqueeze(1), batch.row_spans).squeeze(1)
         # Lanes share no weight, so the gradient of the sum is each lane's own gradient.
         each.sum().backward()
         engine.use.count(batch, len(lanes), self.places.idle)
         self._finish_step(losses)
 
     def _finish_step(self, losses: torch.Tensor) -> None:
-        """Update all lanes and report; a lane whose loss is no number fails before its update."""
+        """Update all lanes, and report the losses that have arrived."""
         weights, lanes = self.engine.model.weights, self.places.lanes
         weights.collect_gradients()
         steps = [
@@ -216,18 +240,39 @@ class PackRun:
             )
             for lane in lanes
         ]
-        log_every = self.engine.settings.log_every
         with self.places.changing():
             norms = update(weights, steps)
             self.places.tick()
-            found = zip(lanes, steps, losses.tolist(), norms.tolist(), strict=True)
-            reports = [
-                lane.count_step(step.rate, loss, norm, log_every)
-                for lane, step, loss, norm in found
-            ]
-        for report in reports:
-            if report is not None:
-                self.reporter.stepped(report)
+            for lane in lanes:
+                lane.progress.step += 1
+            made = [(lane, step.step, step.rate) for lane, step in zip(lanes, steps, strict=True)]
+            values = OnItsWay(torch.stack([losses.to(norms.dtype), norms]))
+            self.unread.append(MadeStep(tuple(made), values))
+        self._read_losses(self.engine.lag)
+
+    def _read_losses(self, but: int = 0) -> None:
+        """Note the losses of all steps made, but for the latest ones, and report them."""
+        for report in self._note_losses(but):
+            self.reporter.stepped(report)
+
+    def _note_losses(self, but: int = 0) -> list[StepReport]:
+        """Note losses in their lanes; a lane whose loss is no number fails.
+
+        That it may have made another step meanwhile harms nobody else.
+
+        Returns:
+            What is to be reported.
+        """
+        log_every = self.engine.settings.log_every
+        reports = []
+        while len(self.unread) > but:
+            made = self.unread[0]
+            losses, norms = made.values.read()
+            with self.places.changing():
+                for (lane, step, rate), loss, norm in zip(made.lanes, losses, norms, strict=True):
+                    reports.append(lane.note_step(step, rate, loss, norm, log_every))
+                self.unread.popleft()
+        return [report for report in reports if report is not None]
 
     # -- epochs ------------------------------------------------------------------------
 

@@ -53,6 +53,8 @@ class PackedEngine:
         model: The base that all trials share.
         use: What was done so far.
         checkpoints: Of the lanes under way.
+        lag: Steps that are under way before the losses of the one before them are read: on an
+            accelerator the next step is sent off without waiting for this one.
 
     Raises:
         ModelError: The device isn't there, or the base has a part that a pack can't carry.
@@ -78,6 +80,7 @@ class PackedEngine:
         self.checkpoints = LaneCheckpoints(
             base, train, validation, self.precision, settings.checkpoint_seconds
         )
+        self.lag = 0 if self.device.type == "cpu" else 1
         self._lanes = lanes
         self._most = _MOST_LANES.get(self.device.type, 8)
         if most is not None:

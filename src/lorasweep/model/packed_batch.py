@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.kernel_library import RowPlaces
 from lorasweep.model.packed_dropout import token_keys
+from lorasweep.model.packed_products import LaneSpans
 from lorasweep.model.row_buckets import Buckets, make_buckets
+from lorasweep.model.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,15 @@ class PackedBatch:
         ids: Token ids, int64 ``(1, tokens)``.
         positions: Each token's place in its row from 0, int64 ``(1, tokens)``.
         labels: int64 ``(rows,)``.
-        token_ends, row_ends: One past each lane's last token, and row; int32 ``(lanes,)``.
-        token_lane, row_lane: The lane of each token, and row; int64.
+        token_spans, row_spans: Which tokens, and which rows, are whose.
         first: The first token of each row, int64 ``(rows,)``.
+        row_starts: Where each row begins as long as there are no filling tokens, and the end of
+            the last one, int32 ``(rows + 1,)``.
+        row_lengths: Tokens of each row, int64 ``(rows,)``.
         real: Which tokens belong to rows, int64 ``(real tokens,)``; None for all.
         row_weight: One over the rows of the row's lane, float32 ``(rows,)``: a lane's loss is
             the mean over its own rows.
-        lengths: Tokens of each row, int64 ``(rows,)``.
+        lengths: :attr:`row_lengths` on the host.
         streams, row_streams: Dropout streams of tokens, and rows; None outside training.
         lane_streams: One for each lane, for what all of its rows share.
         split_tokens: Where each token lies in its split, int64 ``(tokens,)``.
@@ -58,11 +63,11 @@ class PackedBatch:
     ids: Tensor
     positions: Tensor
     labels: Tensor
-    token_ends: Tensor
-    row_ends: Tensor
-    token_lane: Tensor
-    row_lane: Tensor
+    token_spans: LaneSpans
+    row_spans: LaneSpans
     first: Tensor
+    row_starts: Tensor
+    row_lengths: Tensor
     real: Tensor | None
     row_weight: Tensor
     lengths: NDArray[np.int64]
@@ -98,6 +103,11 @@ class PackedBatch:
     def tokens(self) -> int:
         """Tokens of the batch's rows."""
         return int(self.lengths.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max(initial=0))
 
     @property
     def attended(self) -> int:
@@ -145,38 +155,64 @@ def lay_out(
         return found
 
     split_tokens = split.offsets[rows][token_row] + positions
-    streams = row_streams = lane_streams = None
+    weight = (1.0 / np.maximum(per_lane, 1)).astype(np.float32)
+    arrays: dict[str, NDArray[Any]] = {
+        "ids": spread(split.tokens[split_tokens].astype(np.int64)),
+        "positions": spread(positions),
+        "labels": split.labels[rows],
+        "token_ends": np.cumsum(sizes).astype(np.int32),
+        "token_lane": np.repeat(np.arange(len(lanes)), sizes),
+        "row_ends": np.cumsum(per_lane).astype(np.int32),
+        "row_lane": row_lane,
+        "first": first,
+        "row_starts": np.append(starts, lengths.sum()).astype(np.int32),
+        "row_lengths": lengths,
+        "row_weight": weight[row_lane],
+        "split_tokens": spread(split_tokens),
+    }
+    if total != len(real):
+        arrays["real"] = real
     if training:
         keys = np.array([lane.key for lane in lanes], dtype=np.int64)
         steps = np.array([lane.step for lane in lanes], dtype=np.int64)
         lane_of = row_lane[token_row]
         made = token_keys(keys[lane_of], steps[lane_of], rows[token_row], positions)
-        streams = torch.from_numpy(spread(made)).to(device)
-        row_streams = torch.from_numpy(made[starts]).to(device)
         none = np.full(len(lanes), -1, dtype=np.int64)
-        lane_streams = torch.from_numpy(token_keys(keys, steps, none, none)).to(device)
+        arrays["streams"], arrays["row_streams"] = spread(made), made[starts]
+        arrays["lane_streams"] = token_keys(keys, steps, none, none)
+    return _batch(split, arrays, lengths, device)
 
-    def there(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
 
-    weight = (1.0 / np.maximum(per_lane, 1)).astype(np.float32)
+def _batch(
+    split: EncodedSplit,
+    arrays: dict[str, NDArray[Any]],
+    lengths: NDArray[np.int64],
+    device: torch.device,
+) -> PackedBatch:
+    """Bring what was laid out to the device."""
+
+    def spans(kind: str) -> LaneSpans:
+        most = int(np.diff(arrays[f"{kind}_ends"], prepend=0).max(initial=1))
+        return LaneSpans(there[f"{kind}_ends"], there[f"{kind}_lane"], most)
+
+    there = dict(zip(arrays, on_device(list(arrays.values()), device), strict=True))
     return PackedBatch(
         split=split,
-        ids=there(spread(split.tokens[split_tokens].astype(np.int64))).unsqueeze(0),
-        positions=there(spread(positions)).unsqueeze(0),
-        labels=there(split.labels[rows]),
-        token_ends=there(np.cumsum(sizes).astype(np.int32)),
-        row_ends=there(np.cumsum(per_lane).astype(np.int32)),
-        token_lane=there(np.repeat(np.arange(len(lanes)), sizes)),
-        row_lane=there(row_lane),
-        first=there(first),
-        real=None if total == len(real) else there(real),
-        row_weight=there(weight[row_lane]),
+        ids=there["ids"].unsqueeze(0),
+        positions=there["positions"].unsqueeze(0),
+        labels=there["labels"],
+        token_spans=spans("token"),
+        row_spans=spans("row"),
+        first=there["first"],
+        row_starts=there["row_starts"],
+        row_lengths=there["row_lengths"],
+        real=there.get("real"),
+        row_weight=there["row_weight"],
         lengths=lengths,
-        streams=streams,
-        row_streams=row_streams,
-        lane_streams=lane_streams,
-        split_tokens=there(spread(split_tokens)),
+        streams=there.get("streams"),
+        row_streams=there.get("row_streams"),
+        lane_streams=there.get("lane_streams"),
+        split_tokens=there["split_tokens"],
     )
 
 

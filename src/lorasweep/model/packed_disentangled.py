@@ -87,7 +87,7 @@ class PackedDisentangled(PackedModule):
         outputs = []
         for bucket in batch.buckets.each:
             token = batch.buckets.token[bucket.start : bucket.start + bucket.places]
-            lane = batch.token_lane[token.view(bucket.rows, bucket.longest)[:, 0]]
+            lane = batch.token_spans.lane[token.view(bucket.rows, bucket.longest)[:, 0]]
             query, key, value = (
                 x[token].unflatten(0, (bucket.rows, bucket.longest)).transpose(1, 2) for x in laid
             )

@@ -36,6 +36,7 @@ from lorasweep.model.packed_modules import (
     replace_output,
     row_means,
 )
+from lorasweep.model.packed_products import LaneSpans
 from lorasweep.model.packed_shared import SharedLayers
 
 _PREFIX = "base_model.model."
@@ -63,16 +64,14 @@ class Side:
     """The batch as layers see it: token by token, or (after pooling) row by row.
 
     Attributes:
-        ends: One past each lane's last entry, int32 ``(lanes,)``.
-        lane: Each entry's lane, int64 ``(entries,)``.
+        spans: Which entries are whose.
         streams: Dropout streams, int64 ``(entries,)``; None outside training.
         scaling: Of each entry's adapter, ``(entries, 1)``, dropout's rescaling included.
         rate: Dropout byte of each entry's adapter, int16 ``(entries, 1)``; None where no
             lane drops anything.
     """
 
-    ends: Tensor
-    lane: Tensor
+    spans: LaneSpans
     streams: Tensor | None
     scaling: Tensor
     rate: Tensor | None
@@ -110,6 +109,7 @@ class PackedModel:
         check = PackedCheck(fresh, self.whole)
         self._sides: dict[int, Side] = {}
         self._settings: list[LaneSettings] = []
+        self._factors: dict[bool, tuple[Tensor, Tensor | None]] = {}
         self._replace_modules()
         self._place_hooks()
         for parameter in self.model.parameters():
@@ -125,9 +125,8 @@ class PackedModel:
         self.weights = LaneWeights(device, torch.promote_types(dtype, torch.float32))
         # Buffers such as rotary frequencies keep their precision.
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(device, dtype)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to(device)
+            parameter.data = parameter.data.to(dtype)
+        self.model.to(device)
 
     # -- lanes -------------------------------------------------------------------------
 
@@ -151,12 +150,12 @@ class PackedModel:
     def add_lane(self, peft_model: PeftModel, settings: LaneSettings) -> int:
         """Append a lane that starts from a PEFT model's own first weights."""
         values = {name: value.detach() for name, value, _ in trained_parameters(peft_model)}
-        self._settings.append(settings)
+        self._add_settings(settings)
         return self.weights.add(self.blocks(peft_model), values)
 
     def add_untrained_lane(self, blocks: list[Block], values: Mapping[str, Tensor]) -> int:
         """Append a lane without an adapter, its head as given."""
-        self._settings.append(LaneSettings(0.0, 0.0))
+        self._add_settings(LaneSettings(0.0, 0.0))
         return self.weights.add(blocks, values)
 
     def lane_state(self, lane: int, peft_model: PeftModel) -> LaneState:
@@ -166,12 +165,13 @@ class PackedModel:
 
     def restore_lane(self, peft_model: PeftModel, settings: LaneSettings, state: LaneState) -> int:
         """Append a lane that was taken out before, where it left off."""
-        self._settings.append(settings)
+        self._add_settings(settings)
         return self.weights.restore(self.blocks(peft_model), state)
 
     def keep_lanes(self, lanes: list[int]) -> None:
         """Keep only these lanes, in this order: by selection, so that no NaN comes along."""
         self._settings = [self._settings[lane] for lane in lanes]
+        self._factors.clear()
         self.weights.keep(lanes)
 
     def write_lane(self, lane: int, peft_model: PeftModel) -> None:
@@ -224,8 +224,7 @@ class PackedModel:
             number = torch.arange(first, first + entries, device=self.device)
             streams = scrambled(self.batch.lane_streams[:, None] + number[None, :]).flatten()
         return Side(
-            ends=((lanes + 1) * entries).to(torch.int32),
-            lane=lane,
+            spans=LaneSpans(((lanes + 1) * entries).to(torch.int32), lane, entries),
             streams=streams,
             scaling=self._scaling.index_select(0, lane).unsqueeze(1),
             rate=None if self._rate is None else self._rate.index_select(0, lane).unsqueeze(1),
@@ -233,25 +232,35 @@ class PackedModel:
 
     def _make_sides(self, training: bool) -> None:
         batch = self.batch
-        rates = [rate_byte(setting.dropout) if training else 0 for setting in self._settings]
-        scales = [
-            setting.scaling * (kept_scale(setting.dropout) if training else 1.0)
-            for setting in self._settings
-        ]
-        scaling = torch.tensor(scales, device=self.device, dtype=self.weights.dtype)
-        rate = torch.tensor(rates, device=self.device, dtype=torch.int16) if any(rates) else None
-        self._scaling, self._rate = scaling, rate
-        for ends, lane, streams in (
-            (batch.row_ends, batch.row_lane, batch.row_streams),
-            (batch.token_ends, batch.token_lane, batch.streams),
+        self._scaling, self._rate = scaling, rate = self._lane_factors(training)
+        for spans, streams in (
+            (batch.row_spans, batch.row_streams),
+            (batch.token_spans, batch.streams),
         ):
-            self._sides[len(lane)] = Side(
-                ends=ends,
-                lane=lane,
+            self._sides[len(spans.lane)] = Side(
+                spans=spans,
                 streams=streams,
-                scaling=scaling.index_select(0, lane).unsqueeze(1),
-                rate=None if rate is None else rate.index_select(0, lane).unsqueeze(1),
+                scaling=scaling.index_select(0, spans.lane).unsqueeze(1),
+                rate=None if rate is None else rate.index_select(0, spans.lane).unsqueeze(1),
             )
+
+    def _lane_factors(self, training: bool) -> tuple[Tensor, Tensor | None]:
+        """Scaling and dropout byte of each lane, ``(lanes,)`` each; made anew for other lanes."""
+        if training not in self._factors:
+            rates = [rate_byte(setting.dropout) if training else 0 for setting in self._settings]
+            scales = [
+                setting.scaling * (kept_scale(setting.dropout) if training else 1.0)
+                for setting in self._settings
+            ]
+            self._factors[training] = (
+                torch.tensor(scales, device=self.device, dtype=self.weights.dtype),
+                torch.tensor(rates, device=self.device, dtype=torch.int16) if any(rates) else None,
+            )
+        return self._factors[training]
+
+    def _add_settings(self, settings: LaneSettings) -> None:
+        self._settings.append(settings)
+        self._factors.clear()
 
     def _attention_mask(self) -> Tensor | None:
         """None, but for ModernBERT's mean, which divides by it after the rows were averaged."""

@@ -73,7 +73,7 @@ class AdaptableLinear(PackedModule):
             self.bias,
             side.scaling,
             mask,
-            side.ends,
+            side.spans,
         )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -93,7 +93,7 @@ class LaneLinearLayer(PackedModule):
         bias = weights.parameter(f"{self.pack_name}.bias") if self.biased else None
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         side = self.pack.side(flat.shape[0])
-        y = lane_linear(flat, weight, bias, side.ends, side.lane)
+        y = lane_linear(flat, weight, bias, side.spans)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -110,7 +110,7 @@ class LaneLayerNorm(PackedModule):
         weights = self.pack.weights
         scale = weights.parameter(f"{self.pack_name}.weight")
         flat = x.reshape(-1, x.shape[-1]).to(scale.dtype)
-        lane = self.pack.side(flat.shape[0]).lane
+        lane = self.pack.side(flat.shape[0]).spans.lane
         y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * scale.index_select(0, lane)
         if self.biased:
             y = y + weights.parameter(f"{self.pack_name}.bias").index_select(0, lane)

@@ -1,13 +1,15 @@
 """Products of one long list of tokens with one small matrix per lane, and their gradients.
 
-All tokens of a pack lie in one matrix, lane after lane: ``x`` is ``(tokens, in)`` and the
-tokens of lane ``l`` are the rows ``ends[l - 1]:ends[l]``. A grouped product multiplies each
-lane's rows with that lane's own matrix in one call, without padding and without a copy; rows
-of different lanes never meet in a sum, so a NaN in one lane stays there.
+All tokens of a pack lie in one matrix, lane after lane: ``x`` is ``(tokens, in)``, and
+:class:`LaneSpans` says which rows are whose. A grouped product multiplies each lane's rows with
+that lane's own matrix in one call, without padding and without a copy; rows of different lanes
+never meet in a sum, so a NaN in one lane stays there.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,40 +19,68 @@ from torch import Tensor
 from lorasweep.model.packed_dropout import Mask
 
 
-def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class LaneSpans:
+    """Which rows of a flat matrix are whose: lane ``l`` has ``ends[l - 1]:ends[l]``.
+
+    Attributes:
+        ends: One past each lane's last row, int32 ``(lanes,)``.
+        lane: Each row's lane, int64 ``(rows,)``.
+        longest: Rows of the lane that has the most; asking the device would make the host wait.
+    """
+
+    ends: Tensor
+    lane: Tensor
+    longest: int
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes there are."""
+        return len(self.ends)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Each lane's first row, and the end of the last: int64 ``(lanes + 1,)``."""
+        return F.pad(self.ends.long(), (1, 0))
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Where each row goes in a ``(lanes, longest)`` grid laid out flat, int64 ``(rows,)``."""
+        row = torch.arange(len(self.lane), device=self.lane.device)
+        return row + (self.lane * self.longest - self.starts.index_select(0, self.lane))
+
+
+def grouped_product(x: Tensor, matrices: Tensor, spans: LaneSpans) -> Tensor:
     """Multiply each lane's rows with its own matrix.
 
     Args:
         x: ``(rows, in)``, lane after lane.
         matrices: ``(lanes, in, out)``.
-        ends: int32, ``(lanes,)``: one past each lane's last row; the last one is ``rows``.
+        spans: Whose each row is.
 
     Returns:
         ``(rows, out)``.
     """
     if _grouped_kernel(x, matrices):
-        return F.grouped_mm(x, matrices, offs=ends)
-    place, longest = _places(ends, x.shape[0])
-    padded = torch.bmm(_spread(x, place, len(ends), longest), matrices)
-    return padded.reshape(-1, padded.shape[-1]).index_select(0, place)
+        return F.grouped_mm(x, matrices, offs=spans.ends)
+    padded = torch.bmm(_spread(x, spans), matrices)
+    return padded.reshape(-1, padded.shape[-1]).index_select(0, spans.place)
 
 
-def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
     """Sum each lane's outer products: ``left[rows].T @ right[rows]`` for every lane.
 
     Args:
         left: ``(rows, n)``, lane after lane.
         right: ``(rows, m)``.
-        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
+        spans: Whose each row is.
 
     Returns:
         ``(lanes, n, m)``; zero for a lane without rows.
     """
     if _grouped_kernel(left, right):
-        return F.grouped_mm(left.t(), right, offs=ends)
-    place, longest = _places(ends, left.shape[0])
-    spread_left = _spread(left, place, len(ends), longest)
-    return torch.bmm(spread_left.transpose(1, 2), _spread(right, place, len(ends), longest))
+        return F.grouped_mm(left.t(), right, offs=spans.ends)
+    return torch.bmm(_spread(left, spans).transpose(1, 2), _spread(right, spans))
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -72,29 +102,30 @@ class AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         scaling: Tensor,
         mask: Mask | None,
-        ends: Tensor,
+        spans: LaneSpans,
     ) -> Tensor:
         dropped = x if mask is None else mask.applied(x)
-        narrow = grouped_product(dropped, down.to(x.dtype).transpose(1, 2), ends)
+        narrow = grouped_product(dropped, down.to(x.dtype).transpose(1, 2), spans)
         narrow = narrow.mul_(scaling)
         y = F.linear(x, weight, bias)
-        y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), ends)
-        ctx.save_for_backward(x, down, up, weight, scaling, ends, narrow)
-        ctx.mask = mask
+        y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), spans)
+        ctx.save_for_backward(x, down, up, weight, scaling, narrow)
+        ctx.mask, ctx.spans = mask, spans
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        x, down, up, weight, scaling, ends, narrow = ctx.saved_tensors
+        x, down, up, weight, scaling, narrow = ctx.saved_tensors
         mask: Mask | None = ctx.mask
-        grad_up = grouped_outer(grad, narrow, ends).to(up.dtype)
-        grad_narrow = grouped_product(grad, up.to(grad.dtype), ends).mul_(scaling)
+        spans: LaneSpans = ctx.spans
+        grad_up = grouped_outer(grad, narrow, spans).to(up.dtype)
+        grad_narrow = grouped_product(grad, up.to(grad.dtype), spans).mul_(scaling)
         dropped = x if mask is None else mask.applied(x)
-        grad_down = grouped_outer(grad_narrow, dropped, ends).to(down.dtype)
+        grad_down = grouped_outer(grad_narrow, dropped, spans).to(down.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_product(grad_narrow, down.to(grad.dtype), ends)
+            grad_x = grouped_product(grad_narrow, down.to(grad.dtype), spans)
             if mask is not None:
                 grad_x = mask.applied(grad_x, in_place=True)
             grad_x.addmm_(grad, weight)
@@ -109,7 +140,7 @@ def adapted_linear(
     bias: Tensor | None,
     scaling: Tensor,
     mask: Mask | None,
-    ends: Tensor,
+    spans: LaneSpans,
 ) -> Tensor:
     """Apply a frozen linear layer with one LoRA adapter per lane.
 
@@ -122,12 +153,12 @@ def adapted_linear(
         bias: Of the frozen layer, ``(out,)`` or None.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
         mask: Dropout on the adapter's input; None for no dropout.
-        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
+        spans: Whose each token is.
 
     Returns:
         ``(tokens, out)``.
     """
-    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, mask, ends)
+    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, mask, spans)
     return result
 
 
@@ -136,50 +167,50 @@ class LaneLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, lane: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spans: LaneSpans
     ) -> Tensor:
         """Return ``(rows, out)`` of ``x (rows, in)``, ``weight (lanes, out, in)``."""
-        y = grouped_product(x, weight.transpose(1, 2), ends)
+        y = grouped_product(x, weight.transpose(1, 2), spans)
         if bias is not None:
-            y += bias.index_select(0, lane)
-        ctx.save_for_backward(x, weight, ends)
-        ctx.biased = bias is not None
+            y += bias.index_select(0, spans.lane)
+        ctx.save_for_backward(x, weight)
+        ctx.biased, ctx.spans = bias is not None, spans
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        x, weight, ends = ctx.saved_tensors
-        grad_x = grouped_product(grad, weight, ends) if ctx.needs_input_grad[0] else None
-        grad_bias = lane_sums(grad, ends) if ctx.biased else None
-        return grad_x, grouped_outer(grad, x, ends), grad_bias, None, None
+        x, weight = ctx.saved_tensors
+        spans: LaneSpans = ctx.spans
+        grad_x = grouped_product(grad, weight, spans) if ctx.needs_input_grad[0] else None
+        grad_bias = lane_sums(grad, spans) if ctx.biased else None
+        return grad_x, grouped_outer(grad, x, spans), grad_bias, None
 
 
-def lane_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, lane: Tensor
-) -> Tensor:
+def lane_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spans: LaneSpans) -> Tensor:
     """Apply each lane's own linear layer to its rows.
 
     Args:
         x: ``(rows, in)``, lane after lane.
         weight: ``(lanes, out, in)``.
         bias: ``(lanes, out)`` or None.
-        ends: int32, ``(lanes,)``, as in :func:`grouped_product`.
-        lane: int64, ``(rows,)``: each row's lane.
+        spans: Whose each row is.
 
     Returns:
         ``(rows, out)``.
     """
-    result: Tensor = LaneLinear.apply(x, weight, bias, ends, lane)
+    result: Tensor = LaneLinear.apply(x, weight, bias, spans)
     return result
 
 
-def lane_sums(values: Tensor, ends: Tensor) -> Tensor:
+def lane_sums(values: Tensor, spans: LaneSpans) -> Tensor:
     """Sum the rows of each lane: ``(rows, n)`` to ``(lanes, n)``."""
     # segment_reduce sums inside each lane only: a NaN elsewhere can't get in, which a
-    # difference of cumulative sums or a product with a 0/1 matrix would let happen.
-    starts = F.pad(ends.long(), (1, 0))
-    return torch.segment_reduce(values, "sum", offsets=starts, axis=0, initial=0.0)
+    # difference of cumulative sums or a product with a 0/1 matrix would let happen. Unsafe
+    # only means that it doesn't look at the offsets, for which the host would have to wait.
+    return torch.segment_reduce(
+        values, "sum", offsets=spans.starts, axis=0, initial=0.0, unsafe=True
+    )
 
 
 def _grouped_kernel(*operands: Tensor) -> bool:
@@ -206,18 +237,8 @@ def _aligned(operand: Tensor) -> bool:
     )
 
 
-def _places(ends: Tensor, rows: int) -> tuple[Tensor, int]:
-    """Where each row goes in a ``(lanes, longest)`` grid laid out flat, and ``longest``."""
-    starts = F.pad(ends[:-1], (1, 0)).long()
-    counts = ends.long() - starts
-    longest = max(1, int(counts.max()))
-    lanes = torch.arange(len(ends), device=ends.device).repeat_interleave(counts, output_size=rows)
-    within = torch.arange(rows, device=ends.device) - starts.index_select(0, lanes)
-    return lanes * longest + within, longest
-
-
-def _spread(x: Tensor, place: Tensor, lanes: int, longest: int) -> Tensor:
+def _spread(x: Tensor, spans: LaneSpans) -> Tensor:
     """Lay the rows of a flat matrix into a zero-padded grid, ``(lanes, longest, width)``."""
-    grid = x.new_zeros(lanes * longest, x.shape[1])
-    grid.index_copy_(0, place, x)
-    return grid.view(lanes, longest, x.shape[1])
+    grid = x.new_zeros(spans.lanes * spans.longest, x.shape[1])
+    grid.index_copy_(0, spans.place, x)
+    return grid.view(spans.lanes, spans.longest, x.shape[1])

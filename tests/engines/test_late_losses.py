@@ -1,0 +1,116 @@
+"""Losses that are read a step late, as on an accelerator: nobody can tell by the results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialFacts, Verdict
+from lorasweep.core.plans import EngineSettings, TrialPlan
+from lorasweep.engines.packed import PackedEngine
+
+
+@dataclass
+class Recorder:
+    stop_at: tuple[int, int] | None = None
+    told: dict[int, list[StepReport | EpochEvaluation]] = field(default_factory=dict)
+    order: list[tuple[int, int]] = field(default_factory=list)
+
+    def started(self, trial: int, facts: TrialFacts) -> None:
+        """Nothing to do."""
+
+    def stepped(self, report: StepReport) -> None:
+        self._tell(report)
+
+    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
+        self._tell(evaluation)
+        return Verdict(keep=True, go_on=evaluation.trial != 4)
+
+    def _tell(self, told: StepReport | EpochEvaluation) -> None:
+        if (told.trial, told.step) == self.stop_at:
+            raise KeyboardInterrupt
+        self.told.setdefault(told.trial, []).append(told)
+        self.order.append((told.trial, told.step))
+
+
+@pytest.fixture
+def engine(open_tiny, splits) -> Callable[[int], PackedEngine]:
+    def make(lag: int) -> PackedEngine:
+        settings = EngineSettings(
+            precision="fp32", device="cpu", log_every=1, eval_batch_size=8, checkpoint_seconds=1e9
+        )
+        made = PackedEngine(open_tiny(), *splits, settings, 3)
+        assert made.lag == 0  # a CPU gains nothing by it
+        made.lag = lag
+        return made
+
+    return make
+
+
+@pytest.fixture
+def plans(make_plan) -> list[TrialPlan]:
+    """More than lanes, of unequal length; the second fails, the fourth is pruned."""
+    changes: list[dict] = [
+        {"epochs": 3},
+        {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup": 0.0},
+        {"batch_size": 5},
+        {"epochs": 2},
+        {"epochs": 1},
+    ]
+    return [make_plan(at, seed=at, **each) for at, each in enumerate(changes, start=1)]
+
+
+def numbers(told: StepReport | EpochEvaluation) -> np.ndarray:
+    if isinstance(told, StepReport):
+        return np.array([told.trial, told.step, told.loss, told.learning_rate, told.grad_norm])
+    return told.logits
+
+
+def run(engine: PackedEngine, plans: list[TrialPlan], recorder: Recorder) -> list[Outcome]:
+    return list(engine.run(plans, recorder))
+
+
+def test_reports_scores_and_outcomes_are_those_of_losses_read_at_once(engine, plans):
+    found = {}
+    for lag in (0, 1):
+        recorder = Recorder()
+        found[lag] = recorder, run(engine(lag), plans, recorder)
+    (once, at_once), (late, later) = found.values()
+    assert once.order != late.order  # or nothing was late
+    assert late.told.keys() == once.told.keys()
+    for trial, told in once.told.items():
+        assert [type(x) for x in late.told[trial]] == [type(x) for x in told]
+        for a, b in zip(late.told[trial], told, strict=True):
+            # The lane that fails stays a step longer, so sums are taken in another order.
+            np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-4, atol=1e-5)
+
+    def ends(outcomes: list[Outcome]) -> dict[int, tuple]:
+        return {o.trial: (o.state, o.steps, o.reason) for o in outcomes}
+
+    assert ends(later) == ends(at_once)
+    assert {state.value for state, *_ in ends(later).values()} == {"completed", "failed", "pruned"}
+
+
+def test_a_loss_still_on_its_way_is_in_the_checkpoint_of_who_stops(engine, plans):
+    plans = [plan for plan in plans if plan.number in (1, 3)]
+    whole = Recorder()
+    run(engine(1), plans, whole)
+    for name in ("interrupted", "plain"):
+        moved = [dataclasses.replace(p, folder=p.folder / name) for p in plans]
+        if name == "interrupted":
+            first = Recorder(stop_at=(3, 5))
+            with pytest.raises(KeyboardInterrupt):
+                run(engine(1), moved, first)
+            assert max(step for trial, step in first.order if trial == 1) < 6
+        again = Recorder()
+        outcomes = run(engine(1), moved, again)
+        assert {o.state.value for o in outcomes} == {"completed"}
+        for trial, told in whole.told.items():
+            steps = [x.step for x in again.told[trial] if isinstance(x, StepReport)]
+            assert steps == [x.step for x in told if isinstance(x, StepReport)]
+            for a, b in zip(again.told[trial], told, strict=True):
+                np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-4, atol=1e-5)
