@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2Encoder,
+    DebertaV2Model,
     DisentangledSelfAttention,
     build_relative_position,
     scaled_size_sqrt,
@@ -40,6 +41,9 @@ def carries_disentangled(pack: PackedModel, model: nn.Module) -> tuple[str, bool
     """
     found = False
     for name, module in list(model.named_modules()):
+        if isinstance(module, DebertaV2Model):
+            # It looks for padding in every batch, which here has none, and would wait for it.
+            module.warn_if_padding_and_no_attention_mask = lambda *_args: None
         if isinstance(module, DebertaV2Encoder):
             if module.conv is not None:
                 return "it has a convolution over neighbouring tokens", True
