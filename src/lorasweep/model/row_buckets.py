@@ -114,7 +114,8 @@ def make_buckets(lengths: NDArray[np.int64], device: torch.device) -> Buckets:
     """
     starts = np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
-    each, tokens, masks = [], [], []
+    each: list[Bucket] = []
+    tokens, masks = [], []
     place, column, width = (np.empty(int(lengths.sum()), dtype=np.int64) for _ in range(3))
     at = 0
     for first, last in bucket_bounds(lengths[order]):
