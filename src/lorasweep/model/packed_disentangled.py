@@ -7,12 +7,17 @@ projections, each lane has its own. So the whole module is replaced; its layers 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import (
     DebertaV2Encoder,
+    DebertaV2Model,
     DisentangledSelfAttention,
     build_relative_position,
     scaled_size_sqrt,
@@ -21,7 +26,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 from lorasweep.model.packed_dropout import Dropout
 from lorasweep.model.packed_modules import KeyedDropout, PackedModule
 from lorasweep.model.row_attention import AttentionDropout
-from lorasweep.model.row_buckets import Bucket
+from lorasweep.model.row_buckets import Bucket, Buckets
+from lorasweep.model.transfer import on_device
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
@@ -35,6 +41,9 @@ def carries_disentangled(pack: PackedModel, model: nn.Module) -> tuple[str, bool
     """
     found = False
     for name, module in list(model.named_modules()):
+        if isinstance(module, DebertaV2Model):
+            # It looks for padding in every batch, which here has none, and would wait for it.
+            module.warn_if_padding_and_no_attention_mask = lambda *_args: None
         if isinstance(module, DebertaV2Encoder):
             if module.conv is not None:
                 return "it has a convolution over neighbouring tokens", True
@@ -77,8 +86,8 @@ class PackedDisentangled(PackedModule):
             project(hidden_states)[0].unflatten(1, (self.heads, -1))
             for project in (self.query_proj, self.key_proj, self.value_proj)
         ]
-        longest = batch.buckets.each[0].longest
-        keys, queries, lowest = self._positions(rel_embeddings, longest)
+        relative = self._relative(batch.buckets) if self.kinds else None
+        keys, queries = self._positions(rel_embeddings, relative)
         outputs = []
         for bucket in batch.buckets.each:
             token = batch.buckets.token[bucket.start : bucket.start + bucket.places]
@@ -88,14 +97,14 @@ class PackedDisentangled(PackedModule):
             )
             scale = scaled_size_sqrt(query, self.terms).to(query.dtype)
             scores = query @ (key.transpose(2, 3) / scale)
-            for_keys, for_queries = self._indices(query, lowest)
-            if keys is not None:
+            if relative is not None and keys is not None:
                 found = query @ keys[lane].transpose(2, 3)
-                scores = scores + found.gather(3, for_keys.expand_as(scores)) / scale
-            if queries is not None:
+                index = relative.for_keys(bucket.longest).expand_as(scores)
+                scores = scores + found.gather(3, index) / scale
+            if relative is not None and queries is not None:
                 found = key @ queries[lane].transpose(2, 3)
-                found = found.gather(3, for_queries.expand_as(scores)).transpose(2, 3)
-                scores = scores + found / scale
+                index = relative.for_queries(bucket.longest).expand_as(scores)
+                scores = scores + found.gather(3, index).transpose(2, 3) / scale
             weights = self._weights(scores, bucket)
             outputs.append((weights @ value).transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, batch.buckets.place).unsqueeze(0), None
@@ -112,21 +121,27 @@ class PackedDisentangled(PackedModule):
             weights = Dropout.apply(weights, mask, dropout.scale)
         return weights
 
+    def _relative(self, buckets: Buckets) -> RelativePlaces:
+        """Return which position each pair of places looks up; the layers share it."""
+        how = (self.span, self.buckets, self.farthest)
+        if how not in buckets.made:
+            longest, device = buckets.each[0].longest, buckets.token.device
+            buckets.made[how] = RelativePlaces(looked_up(longest, *how), device)
+        found: RelativePlaces = buckets.made[how]
+        return found
+
     def _positions(
-        self, embeddings: Tensor | None, longest: int
-    ) -> tuple[Tensor | None, Tensor | None, int]:
-        """Project the relative positions that rows of this length need, for every lane.
+        self, embeddings: Tensor | None, relative: RelativePlaces | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Project the relative positions that the rows need, for every lane.
 
         Returns:
-            Keys and queries, ``(lanes, heads, positions, width)`` each or None, and the index
-            of the first position.
+            Keys and queries, ``(lanes, heads, positions, width)`` each or None.
         """
-        if not self.kinds or embeddings is None:
-            return None, None, 0
-        probe = embeddings.new_empty(1, longest, 1)
-        both = [index.flatten() for index in self._indices(probe, 0)]
-        lowest, highest = (int(x) for x in torch.aminmax(torch.cat(both)))
-        used = embeddings[lowest : highest + 1]
+        if relative is None or embeddings is None:
+            return None, None
+        lowest = relative.lowest
+        used = embeddings[lowest : relative.highest + 1]
         side = self.pack.shared_side(len(used), lowest)
         lanes = self.pack.lanes
         spread = self.pos_dropout(used.repeat(lanes, 1).unsqueeze(0), side)
@@ -142,17 +157,83 @@ class PackedDisentangled(PackedModule):
             query_layer = getattr(self, "pos_query_proj", None)
         keys = projected(key_layer) if "c2p" in self.kinds else None
         queries = projected(query_layer) if "p2c" in self.kinds else None
-        return keys, queries, lowest
+        return keys, queries
 
-    def _indices(self, rows: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
-        """Which position each pair of places looks up, ``(1, 1, longest, longest)`` each."""
-        if not self.kinds:
-            empty = torch.zeros(0, dtype=torch.int64)
-            return empty, empty
-        distance = build_relative_position(
-            rows, rows, bucket_size=self.buckets, max_position=self.farthest
-        )
-        distance = distance.to(rows.device, torch.int64).view(1, 1, *distance.shape[-2:])
-        last = 2 * self.span - 1
-        for_keys = (distance + self.span).clamp(0, last) - lowest
-        return for_keys, (-distance + self.span).clamp(0, last) - lowest
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """Which relative position a pair of places looks up, for rows up to some length.
+
+    It depends on nothing but how far the places are apart, so one entry a distance will do.
+
+    Attributes:
+        longest: That length.
+        keys, queries: Indices of positions, counted from :attr:`lowest`, for content to
+            position and position to content; int64 ``(2 * longest - 1,)``. The first entry is
+            of a query that far behind its key, the last of one that far before it.
+        lowest, highest: The first and the last position that anyone looks up.
+    """
+
+    longest: int
+    keys: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    lowest: int
+    highest: int
+
+
+@lru_cache(maxsize=256)
+def looked_up(longest: int, span: int, buckets: int, farthest: int) -> LookedUp:
+    """Work out which relative positions rows look up, on the host: it must know how many.
+
+    Args:
+        longest: Tokens of the longest row.
+        span: Positions in either direction.
+        buckets: Positions in either direction before distances share one; 0 or less for none.
+        farthest: The largest distance, where there are such.
+    """
+    row, one = torch.empty(longest, 1), torch.empty(1, 1)
+    how = {"bucket_size": buckets, "max_position": farthest}
+    behind = build_relative_position(row, one, **how).flatten()
+    before = build_relative_position(one, row, **how).flatten()
+    distance = torch.cat((behind.flip(0), before[1:]))
+    last = 2 * span - 1
+    keys, queries = ((sign * distance + span).clamp(0, last) for sign in (1, -1))
+    lowest, highest = (int(x) for x in torch.aminmax(torch.cat((keys, queries))))
+    return LookedUp(longest, (keys - lowest).numpy(), (queries - lowest).numpy(), lowest, highest)
+
+
+class RelativePlaces:
+    """The same as a matrix for a batch's rows of any length, on the device.
+
+    Args:
+        looked_up: For the longest row.
+        device: Where the matrices shall lie.
+
+    Attributes:
+        lowest, highest: As :class:`LookedUp` has them.
+    """
+
+    def __init__(self, looked_up: LookedUp, device: torch.device) -> None:
+        self.lowest, self.highest = looked_up.lowest, looked_up.highest
+        self._longest = looked_up.longest
+        self._keys, self._queries = on_device([looked_up.keys, looked_up.queries], device)
+        self._matrices: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def for_keys(self, length: int) -> Tensor:
+        """Which position's key each query and key look up, int64 ``(length, length)``."""
+        return self._of(length)[0]
+
+    def for_queries(self, length: int) -> Tensor:
+        """Which position's query each key and query look up, int64 ``(length, length)``."""
+        return self._of(length)[1]
+
+    def _of(self, length: int) -> tuple[Tensor, Tensor]:
+        if length not in self._matrices:
+            start, entries = self._longest - length, 2 * length - 1
+            keys, queries = (
+                # Row i holds the distances i - j: the entries one further to the left each time.
+                by_distance.narrow(0, start, entries).unfold(0, length, 1).flip(0)
+                for by_distance in (self._keys, self._queries)
+            )
+            self._matrices[length] = keys, queries
+        return self._matrices[length]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -38,6 +39,7 @@ from lorasweep.model.packed_modules import (
 )
 from lorasweep.model.packed_products import LaneSpans
 from lorasweep.model.packed_shared import SharedLayers
+from lorasweep.model.transfer import on_device
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
@@ -252,9 +254,10 @@ class PackedModel:
                 setting.scaling * (kept_scale(setting.dropout) if training else 1.0)
                 for setting in self._settings
             ]
+            scaling, rate = on_device([np.array(scales), np.array(rates, np.int16)], self.device)
             self._factors[training] = (
-                torch.tensor(scales, device=self.device, dtype=self.weights.dtype),
-                torch.tensor(rates, device=self.device, dtype=torch.int16) if any(rates) else None,
+                scaling.to(self.weights.dtype),
+                rate if any(rates) else None,
             )
         return self._factors[training]
 

@@ -154,8 +154,9 @@ def row_means(pack: PackedModel, hidden: Tensor) -> Tensor:
     """Average ``(1, tokens, hidden)`` over the tokens of each row: ``(rows, 1, hidden)``."""
     batch = pack.batch
     tokens = hidden[0] if batch.real is None else hidden[0].index_select(0, batch.real)
-    lengths = torch.from_numpy(batch.lengths).to(hidden.device)
-    sums = torch.segment_reduce(tokens.float(), "sum", lengths=lengths, axis=0)
+    lengths = batch.row_lengths
+    # Unsafe: without checking lengths on the host, which would have to wait for them.
+    sums = torch.segment_reduce(tokens.float(), "sum", lengths=lengths, axis=0, unsafe=True)
     return (sums / lengths.unsqueeze(1)).to(hidden.dtype).unsqueeze(1)
 
 

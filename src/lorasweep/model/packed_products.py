@@ -225,7 +225,7 @@ def _grouped_kernel(*operands: Tensor) -> bool:
     if device.type == "cuda":
         known = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        known = dtype in (torch.float32, torch.bfloat16)
+        known = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     return known and all(_aligned(operand) for operand in operands)
 
 
