@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from recorder import Recorder
 
-from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialFacts, Verdict
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, Verdict
 from lorasweep.core.plans import EngineSettings, TrialPlan
 from lorasweep.engines.packed import PackedEngine
-
-
-@dataclass
-class Recorder:
-    stop_at: tuple[int, int] | None = None
-    told: dict[int, list[StepReport | EpochEvaluation]] = field(default_factory=dict)
-    order: list[tuple[int, int]] = field(default_factory=list)
-
-    def started(self, trial: int, facts: TrialFacts) -> None:
-        """Nothing to do."""
-
-    def stepped(self, report: StepReport) -> None:
-        self._tell(report)
-
-    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
-        self._tell(evaluation)
-        return Verdict(keep=True, go_on=evaluation.trial != 4)
-
-    def _tell(self, told: StepReport | EpochEvaluation) -> None:
-        if (told.trial, told.step) == self.stop_at:
-            raise KeyboardInterrupt
-        self.told.setdefault(told.trial, []).append(told)
-        self.order.append((told.trial, told.step))
 
 
 @pytest.fixture
@@ -64,6 +41,14 @@ def plans(make_plan) -> list[TrialPlan]:
     return [make_plan(at, seed=at, **each) for at, each in enumerate(changes, start=1)]
 
 
+def prune_the_fourth(evaluation: EpochEvaluation) -> Verdict:
+    return Verdict(keep=True, go_on=evaluation.trial != 4)
+
+
+def order(recorder: Recorder) -> list[tuple[int, int]]:
+    return [(trial, step) for what, trial, step in recorder.log if what != "started"]
+
+
 def numbers(told: StepReport | EpochEvaluation) -> np.ndarray:
     if isinstance(told, StepReport):
         return np.array([told.trial, told.step, told.loss, told.learning_rate, told.grad_norm])
@@ -77,10 +62,10 @@ def run(engine: PackedEngine, plans: list[TrialPlan], recorder: Recorder) -> lis
 def test_reports_scores_and_outcomes_are_those_of_losses_read_at_once(engine, plans):
     found = {}
     for lag in (0, 1):
-        recorder = Recorder()
+        recorder = Recorder(prune_the_fourth)
         found[lag] = recorder, run(engine(lag), plans, recorder)
     (once, at_once), (late, later) = found.values()
-    assert once.order != late.order  # or nothing was late
+    assert order(once) != order(late)  # or nothing was late
     assert late.told.keys() == once.told.keys()
     for trial, told in once.told.items():
         assert [type(x) for x in late.told[trial]] == [type(x) for x in told]
@@ -97,16 +82,16 @@ def test_reports_scores_and_outcomes_are_those_of_losses_read_at_once(engine, pl
 
 def test_a_loss_still_on_its_way_is_in_the_checkpoint_of_who_stops(engine, plans):
     plans = [plan for plan in plans if plan.number in (1, 3)]
-    whole = Recorder()
+    whole = Recorder(prune_the_fourth)
     run(engine(1), plans, whole)
     for name in ("interrupted", "plain"):
         moved = [dataclasses.replace(p, folder=p.folder / name) for p in plans]
         if name == "interrupted":
-            first = Recorder(stop_at=(3, 5))
+            first = Recorder(prune_the_fourth, lambda told: (told.trial, told.step) == (3, 5))
             with pytest.raises(KeyboardInterrupt):
                 run(engine(1), moved, first)
-            assert max(step for trial, step in first.order if trial == 1) < 6
-        again = Recorder()
+            assert max(step for trial, step in order(first) if trial == 1) < 6
+        again = Recorder(prune_the_fourth)
         outcomes = run(engine(1), moved, again)
         assert {o.state.value for o in outcomes} == {"completed"}
         for trial, told in whole.told.items():

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder, keep_nothing
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
-from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.outcomes import TrialState, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines import packed as packed_module
 from lorasweep.engines.pack_run import PackRun
@@ -22,28 +22,6 @@ from lorasweep.spec.schema import ModelSpec
 
 SETTINGS = EngineSettings(precision="fp32", device="cpu", log_every=1, eval_batch_size=16)
 NEIGHBOURS = 1e-5  # the stated tolerance: sums are taken in another order among other rows
-
-
-@dataclass
-class Recorder:
-    answer: Callable[[EpochEvaluation], Verdict] = lambda evaluation: Verdict(False, True)
-    losses: dict[int, list[float]] = field(default_factory=dict)
-    logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    facts: dict[int, TrialFacts] = field(default_factory=dict)
-    log: list[tuple[str, int, int]] = field(default_factory=list)
-
-    def started(self, trial: int, facts: TrialFacts) -> None:
-        self.facts[trial] = facts
-        self.log.append(("started", trial, 0))
-
-    def stepped(self, report: StepReport) -> None:
-        self.losses.setdefault(report.trial, []).append(report.loss)
-        self.log.append(("stepped", report.trial, report.step))
-
-    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
-        self.logits.setdefault(evaluation.trial, []).append(evaluation.logits)
-        self.log.append(("evaluated", evaluation.trial, evaluation.step))
-        return self.answer(evaluation)
 
 
 def split_of(base: Base, rows: int, seed: int) -> EncodedSplit:
@@ -97,9 +75,9 @@ def plan(tmp_path) -> Callable[..., TrialPlan]:
 
 
 def run(engine: PackedEngine, plans: object, recorder: Recorder | None = None) -> Recorder:
-    recorder = recorder or Recorder()
+    recorder = recorder or Recorder(keep_nothing)
     for outcome in engine.run(plans, recorder):
-        recorder.log.append((outcome.state.value, outcome.trial, outcome.steps))
+        recorder.events.append(outcome)
     return recorder
 
 
@@ -166,7 +144,7 @@ def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(engine, pl
     good = dataclasses.replace(bad, learning_rate=1e-3, max_grad_norm=1.0)
     steps = failed[0][2]
     assert 0 < steps < 10
-    other = Recorder()
+    other = Recorder(keep_nothing)
     pack = PackRun(made, iter([plan(2), good, plan(3)]), other)
     list(pack._fill())
     while pack.places.lanes[1].progress.step < steps + 1:
@@ -242,7 +220,7 @@ def test_a_trial_that_does_not_fit_alone_fails_with_that_reason(engine, plan, mo
     def pack_lanes() -> list:
         return entered[-1].places.lanes
 
-    outcomes = {o.trial: o for o in made.run([plan(1), plan(2)], Recorder())}
+    outcomes = {o.trial: o for o in made.run([plan(1), plan(2)], Recorder(keep_nothing))}
     assert outcomes[1].state is TrialState.FAILED
     assert "out of memory at batch size 8 and rank 4" in outcomes[1].reason
     assert outcomes[2].state is TrialState.COMPLETED

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
@@ -27,24 +27,6 @@ DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
 SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 LOSSES, LOGITS = 1e-4, 1e-3
 ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert")
-
-
-@dataclass
-class Recorder:
-    answer: Callable[[EpochEvaluation], Verdict] = lambda evaluation: Verdict(True, True)
-    steps: dict[int, list[StepReport]] = field(default_factory=dict)
-    epochs: dict[int, list[EpochEvaluation]] = field(default_factory=dict)
-    facts: dict[int, TrialFacts] = field(default_factory=dict)
-
-    def started(self, trial: int, facts: TrialFacts) -> None:
-        self.facts[trial] = facts
-
-    def stepped(self, report: StepReport) -> None:
-        self.steps.setdefault(report.trial, []).append(report)
-
-    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
-        self.epochs.setdefault(evaluation.trial, []).append(evaluation)
-        return self.answer(evaluation)
 
 
 def random_split(base: Base, name: str, rows: int, seed: int, longest: int = 24) -> EncodedSplit:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from recorder import Recorder, keep_nothing
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.model.base import Base, open_base
@@ -26,41 +25,23 @@ ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "deberta-v2", "mode
 MINILM = "embedded/minilm"
 
 
-@dataclass
-class Recorder:
-    steps: dict[int, list[StepReport]] = field(default_factory=dict)
-    logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    lanes: dict[int, int | None] = field(default_factory=dict)
-    log: list[tuple[str, int]] = field(default_factory=list)
-
-    def started(self, trial: int, facts: TrialFacts) -> None:
-        self.lanes[trial] = facts.lane
-        self.log.append(("started", trial))
-
-    def stepped(self, report: StepReport) -> None:
-        self.steps.setdefault(report.trial, []).append(report)
-        self.log.append(("stepped", report.trial))
-
-    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
-        self.logits.setdefault(evaluation.trial, []).append(evaluation.logits)
-        return Verdict(keep=False, go_on=True)
-
-    def steps_before(self, trial: int, event: tuple[str, int]) -> int:
-        """Steps that a trial has done when an event is told."""
-        return self.log[: self.log.index(event)].count(("stepped", trial))
-
-
 def run(
     base: Base,
     splits: tuple[EncodedSplit, EncodedSplit],
     plans: Sequence[TrialPlan],
     lanes: int,
 ) -> Recorder:
-    recorder = Recorder()
+    recorder = Recorder(keep_nothing)
     outcomes = list(PackedEngine(base, *splits, SETTINGS, lanes).run(plans, recorder))
     assert {outcome.reason for outcome in outcomes} == {""}
     assert len(outcomes) == len(plans)
     return recorder
+
+
+def steps_before(recorder: Recorder, trial: int, event: tuple[str, int, int]) -> int:
+    """Steps that a trial has done when an event is told."""
+    before = recorder.log[: recorder.log.index(event)]
+    return sum((what, whose) == ("stepped", trial) for what, whose, _ in before)
 
 
 def assert_same(one: Recorder, other: Recorder, trial: int) -> None:
@@ -123,7 +104,7 @@ def test_neighbours_lane_and_refill_change_nothing_dropout_included(
         logits = alone[plan.number].logits[plan.number]
         assert np.abs(logits[0] - logits[-1]).max() > 100 * NEIGHBOURS
     # It was in another lane, and a neighbour left and was followed by another while it ran.
-    assert (pair.lanes[9], four.lanes[9]) == (0, 1)
-    assert pair.steps_before(9, ("started", 8)) == 2
-    assert four.steps_before(9, ("started", 8)) == 6
+    assert (pair.facts[9].lane, four.facts[9].lane) == (0, 1)
+    assert steps_before(pair, 9, ("started", 8, 0)) == 2
+    assert steps_before(four, 9, ("started", 8, 0)) == 6
     assert len(pair.steps[9]) == 12
