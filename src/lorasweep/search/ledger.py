@@ -1,7 +1,7 @@
 """What the database remembers of a study, read without changing anything.
 
-Each trial's attributes are written by :mod:`lorasweep.search.study` alone; their names are
-stated here once.
+A trial's attributes are written by :mod:`lorasweep.search.study` when it begins, and by
+:mod:`lorasweep.search.running` from then on; their names are stated here once.
 """
 
 from __future__ import annotations
