@@ -13,7 +13,7 @@ import torch
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.engines.engine_use import use_of
-from lorasweep.engines.lane_memory import is_out_of_memory, lane_bytes, saved_bytes
+from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.packing import length_batches
 from lorasweep.engines.trainer import TrainerEngine
@@ -104,22 +104,6 @@ def test_where_memory_really_runs_out_the_lanes_are_halved_and_no_trial_is_lost(
     assert found["halved"] >= 1
     assert found["lanes"] == 8 // 2 ** found["halved"]
     assert found["ends"] == {str(number): ["completed", 2, ""] for number in range(8)}
-
-
-@pytest.mark.parametrize(
-    ("error", "out"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("can't allocate memory"), False),
-    ],
-)
-def test_what_says_that_memory_ran_out(error, out):
-    assert is_out_of_memory(error) is out
 
 
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from recorder import Recorder
 
 from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, Verdict
@@ -99,3 +100,55 @@ def test_a_loss_still_on_its_way_is_in_the_checkpoint_of_who_stops(engine, plans
             assert steps == [x.step for x in told if isinstance(x, StepReport)]
             for a, b in zip(again.told[trial], told, strict=True):
                 np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def tight(monkeypatch) -> Callable[..., None]:
+    """Let the fourth step of an engine find no memory, as often as wanted."""
+
+    def make(engine: PackedEngine, times: int, nan_for: int | None = None) -> None:
+        forward, steps = engine.model.forward, []
+
+        def limited(batch, *, training):
+            steps.append(training)
+            if 3 < len(steps) <= 3 + times:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            logits = forward(batch, training=training)
+            if len(steps) == 3 and nan_for is not None:
+                logits = torch.where(batch.row_spans.lane[:, None] == nan_for, torch.nan, logits)
+            return logits
+
+        monkeypatch.setattr(engine.model, "forward", limited)
+
+    return make
+
+
+def test_losses_on_their_way_are_told_before_lack_of_memory_ends_a_trial(engine, make_plan, tight):
+    made = engine(1)
+    tight(made, times=99)
+    recorder = Recorder()
+    (outcome,) = run(made, [make_plan(1)], recorder)
+    assert (outcome.state.value, outcome.steps) == ("failed", 3)
+    assert outcome.reason.startswith("out of memory")
+    assert "OutOfMemoryError" in outcome.traceback
+    assert [report.step for report in recorder.told[1]] == [1, 2, 3]
+
+
+def test_a_loss_that_is_no_number_is_the_reason_also_where_memory_runs_out_next(
+    engine, make_plan, tight
+):
+    made = engine(1)
+    tight(made, times=1, nan_for=0)
+    (outcome,) = run(made, [make_plan(1)], Recorder())
+    assert (outcome.state.value, outcome.steps) == ("failed", 2)
+    assert "the training loss became nan at step 3" in outcome.reason
+
+
+def test_a_lane_that_turns_out_to_have_failed_makes_room_and_nobody_is_parked(
+    engine, make_plan, tight
+):
+    made = engine(1)
+    tight(made, times=1, nan_for=0)
+    outcomes = run(made, [make_plan(1, seed=1), make_plan(2, seed=2)], Recorder())
+    assert [(o.trial, o.state.value) for o in outcomes] == [(1, "failed"), (2, "completed")]
+    assert (made.use.halved, made.capacity) == (0, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from lorasweep.core.errors import ModelError
 from lorasweep.core.outcomes import TrialState, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines import packed as packed_module
+from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.model.base import Base, open_base
@@ -180,6 +182,30 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_step(engine, plan, 
         assert recorder.log.count(("completed", number, 10)) == 1
         assert recorder.log.count(("started", number, 0)) == 1
         same(expected, recorder, number, NEIGHBOURS)
+
+
+def test_what_the_failed_step_had_computed_is_gone_before_lanes_are_parked(
+    engine, plan, monkeypatch
+):
+    """Else there may be no memory to park them in."""
+    made, computed, alive = engine(2), [], []
+    forward, park_half = made.model.forward, PackPlaces.park_half
+
+    def tight(batch, *, training):
+        logits = forward(batch, training=training)
+        if training and not computed:
+            computed.extend(weakref.ref(x) for x in (logits, batch.ids))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    def park(self):
+        alive.extend(reference() for reference in computed)
+        park_half(self)
+
+    monkeypatch.setattr(made.model, "forward", tight)
+    monkeypatch.setattr(PackPlaces, "park_half", park)
+    run(made, [plan(1, epochs=1), plan(2, epochs=1)])
+    assert alive == [None] * 2
 
 
 def test_running_out_of_memory_while_evaluating_loses_no_evaluation(engine, plan, monkeypatch):

@@ -20,7 +20,7 @@ from lorasweep.model.base import open_base
 from lorasweep.spec.schema import ModelSpec
 
 LANES = 8
-ROOM = 1000 << 20  # bytes: eight lanes of 16 rows of 128 tokens want twice that, four don't
+ROOM = 1400 << 20  # bytes: too little for eight lanes of 16 rows of 128 tokens, more than for two
 
 
 class Silent:

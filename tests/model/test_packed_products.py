@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lane_numbers import SPANS, numbers
 
 from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
@@ -17,55 +18,12 @@ from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
 from lorasweep.model.packed_modules import AdaptableLinear
-from lorasweep.model.packed_products import (
-    LaneSpans,
-    adapted_linear,
-    grouped_outer,
-    grouped_product,
-    lane_linear,
-    lane_sums,
-)
+from lorasweep.model.packed_products import adapted_linear, lane_linear
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import bucket_bounds, make_buckets
 from lorasweep.model.scoring import pad_rows
 
 CPU = torch.device("cpu")
-SPANS = LaneSpans(  # the second lane has no rows
-    torch.tensor([3, 3, 8, 9], dtype=torch.int32), torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 3]), 5
-)
-LANES = [range(3), range(3, 3), range(3, 8), range(8, 9)]
-
-
-def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return made.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("wide", "narrow"), [(16, 8), (6, 2)])
-def test_grouped_products_are_those_of_each_lane(dtype, wide, narrow):
-    # 16 and 8 go through torch's own kernel in float32, the others through the padded product.
-    x, y = numbers(9, wide, dtype=dtype), numbers(9, narrow, seed=1, dtype=dtype)
-    matrices = numbers(4, wide, narrow, seed=2, dtype=dtype)
-    product, outer = grouped_product(x, matrices, SPANS), grouped_outer(x, y, SPANS)
-    sums = lane_sums(x, SPANS)
-    for lane, rows in enumerate(LANES):
-        inside = list(rows)
-        torch.testing.assert_close(product[inside], x[inside] @ matrices[lane])
-        torch.testing.assert_close(outer[lane], x[inside].T @ y[inside])
-        torch.testing.assert_close(sums[lane], x[inside].sum(0))
-
-
-def test_a_nan_stays_in_its_lane():
-    x, matrices = numbers(9, 16, dtype=torch.float32), numbers(4, 16, 8, dtype=torch.float32)
-    clean = grouped_product(x, matrices, SPANS), grouped_outer(x, x, SPANS), lane_sums(x, SPANS)
-    x[4] = torch.nan
-    dirty = grouped_product(x, matrices, SPANS), grouped_outer(x, x, SPANS), lane_sums(x, SPANS)
-    others = [row for row in range(9) if row != 4]
-    assert torch.equal(clean[0][others], dirty[0][others])
-    for before, after in zip(clean[1:], dirty[1:], strict=True):
-        assert torch.isnan(after[2]).all()
-        assert torch.equal(before[[0, 1, 3]], after[[0, 1, 3]])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

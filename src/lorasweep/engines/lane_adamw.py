@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lorasweep.model.lane_weights import LaneWeights
+from lorasweep.model.torch_errors import first_line, is_of_the_compiler
 from lorasweep.model.transfer import on_device
 
 _log = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+_PLAIN = "AdamW takes several kernels a step instead of one: %s"
 
 Arithmetic = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
@@ -41,39 +44,60 @@ class LaneStep:
     step: int
 
 
-def update(weights: LaneWeights, lanes: Sequence[LaneStep]) -> Tensor:
-    """Update all lanes by AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+class LaneAdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) for the lanes of a pack.
 
     The same arithmetic as ``torch.optim.AdamW`` after ``clip_grad_norm_``, row by row: no
-    number of one lane ever meets one of another.
+    number of one lane ever meets one of another. On CUDA it is compiled, which as a rule makes
+    one kernel of it, where that has shown on this very device that it does the same.
 
     Args:
-        weights: With collected gradients; they are spent.
-        lanes: One entry a lane.
-
-    Returns:
-        Each lane's gradient norm before clipping, ``(lanes,)``.
+        device: Where the lanes' weights lie.
     """
-    norms = weights.gradient_norms()
-    beta_1, beta_2 = BETAS
-    numbers = [
-        [lane.max_grad_norm or np.inf for lane in lanes],
-        [-lane.rate * lane.weight_decay for lane in lanes],
-        [(1 - beta_2**lane.step) ** 0.5 for lane in lanes],
-        [-lane.rate / (1 - beta_1**lane.step) for lane in lanes],
-    ]
-    (columns,) = on_device([np.array(numbers, dtype=_DTYPES[weights.dtype])], weights.device)
-    arithmetic = _fused(weights.device) if weights.device.type == "cuda" else adamw
-    arithmetic(
-        weights.weights,
-        weights.gradients,
-        weights.first,
-        weights.second,
-        weights.decays,
-        norms,
-        columns.unsqueeze(2),
-    )
-    return norms
+
+    def __init__(self, device: torch.device) -> None:
+        self._arithmetic: Arithmetic = adamw
+        if device.type == "cuda":
+            self._arithmetic = proven(_compiled, device)
+
+    def update(self, weights: LaneWeights, lanes: Sequence[LaneStep]) -> Tensor:
+        """Update all lanes. Memory can run out only before weights or moments have changed.
+
+        Args:
+            weights: With collected gradients; they are spent.
+            lanes: One entry a lane.
+
+        Returns:
+            Each lane's gradient norm before clipping, ``(lanes,)``.
+        """
+        norms = weights.gradient_norms()
+        beta_1, beta_2 = BETAS
+        numbers = [
+            [lane.max_grad_norm or np.inf for lane in lanes],
+            [-lane.rate * lane.weight_decay for lane in lanes],
+            [(1 - beta_2**lane.step) ** 0.5 for lane in lanes],
+            [-lane.rate / (1 - beta_1**lane.step) for lane in lanes],
+        ]
+        (columns,) = on_device([np.array(numbers, dtype=_DTYPES[weights.dtype])], weights.device)
+        inputs = (
+            weights.weights,
+            weights.gradients,
+            weights.first,
+            weights.second,
+            weights.decays,
+            norms,
+            columns.unsqueeze(2),
+        )
+        try:
+            self._arithmetic(*inputs)
+        except Exception as error:
+            # Other shapes may be compiled anew; what can't be compiled has changed nothing yet.
+            if self._arithmetic is adamw or not is_of_the_compiler(error):
+                raise
+            self._arithmetic = adamw
+            _log.warning(_PLAIN, first_line(error))
+            adamw(*inputs)
+        return norms
 
 
 def adamw(
@@ -85,7 +109,7 @@ def adamw(
     norms: Tensor,
     columns: Tensor,
 ) -> None:
-    """Do the arithmetic of :func:`update`, in place.
+    """Do the arithmetic of :class:`LaneAdamW`, in place.
 
     Args:
         weights: As in ``LaneWeights``, like all of these.
@@ -109,29 +133,31 @@ def adamw(
     weights.add_(gradients)
 
 
-@cache
-def _fused(device: torch.device) -> Arithmetic:
-    """Return :func:`adamw` as one kernel, once it has shown on this machine that it can be."""
-    return proven(torch.compile(adamw, dynamic=True), device)
-
-
-def proven(fused: Arithmetic, device: torch.device) -> Arithmetic:
-    """Return a fused update if it does what :func:`adamw` does; else that, with a line in the log.
+def proven(make: Callable[[], Arithmetic], device: torch.device) -> Arithmetic:
+    """Return another way to do :func:`adamw` if it does the same; else that, and log why.
 
     Args:
-        fused: Perhaps a faster way; perhaps there is no compiler, or one that gets it wrong.
+        make: Makes it. There may be no compiler, or one that gets it wrong.
         device: Where it shall serve.
     """
     draw = torch.Generator().manual_seed(0)
-    matrices = [torch.rand(3, 40, generator=draw).to(device) for _ in range(4)]
-    others = [torch.rand(shape, generator=draw).to(device) for shape in ((40,), (3,), (4, 3, 1))]
-    expected = [matrix.clone() for matrix in matrices]
-    adamw(*expected, *others)
     try:
-        fused(*matrices, *others)
-        torch.testing.assert_close(matrices, expected, rtol=1e-5, atol=1e-6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch's compiler says of torch's own code
+            fused = make()
+            for lanes in (3, 1):  # a single lane is compiled by itself
+                shapes = [(lanes, 40)] * 4 + [(40,), (lanes,), (4, lanes, 1)]
+                inputs = [torch.rand(shape, generator=draw).to(device) for shape in shapes]
+                expected = [tensor.clone() for tensor in inputs]
+                adamw(*expected)
+                fused(*inputs)
+                torch.testing.assert_close(inputs, expected, rtol=1e-5, atol=1e-6)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        _log.warning("AdamW takes several kernels a step instead of one: %s", reason[0])
+        _log.warning(_PLAIN, first_line(error))
         return adamw
     return fused
+
+
+def _compiled() -> Arithmetic:
+    found: Arithmetic = torch.compile(adamw, dynamic=True, fullgraph=True)
+    return found

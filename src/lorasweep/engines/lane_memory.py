@@ -1,9 +1,8 @@
-"""What a lane takes of the memory at hand, and how to tell that there is none left."""
+"""What a lane takes of the memory at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import psutil
 import torch
@@ -16,6 +15,7 @@ from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
+from lorasweep.model.torch_errors import is_out_of_memory
 
 # What a lane is measured with; a larger batch or rank takes more.
 _PROBE_ROWS = 16
@@ -75,8 +75,15 @@ def lane_bytes(
     model.add_lane(probe, LaneSettings(_PROBE_PLAN.scaling, _PROBE_PLAN.dropout))
     rows = length_batches(train, _PROBE_ROWS)[0]
     batch = lay_out(train, [LaneRows(rows)], device, training=True)
+
+    def forward() -> Tensor:
+        return model.forward(batch, training=True).sum()
+
     try:
-        step = saved_bytes(lambda: model.forward(batch, training=True).sum(), device)
+        if device.type == "cuda":  # the first time, libraries take workspaces that they keep
+            forward().backward()
+            model.weights.drop_gradients()
+        step = saved_bytes(forward, device)
         # Weights, gradients and both moments come on top.
         return step + 4 * model.weights.weights.nbytes
     except Exception as error:
@@ -85,15 +92,3 @@ def lane_bytes(
         return None
     finally:
         model.keep_lanes([])
-
-
-def is_out_of_memory(error: Any) -> bool:
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # A CPU has no exception of its own: torch's allocator says the first, and oneDNN the second,
-    # when there is no room for the code of a product (one that it can't do at all, it says
-    # before that, of the primitive's descriptor).
-    words = ("can't allocate memory", "could not create a primitive")
-    text = str(error)
-    return isinstance(error, RuntimeError) and (words[0] in text or text.endswith(words[1]))

@@ -62,6 +62,11 @@ class PackPlaces:
         return [lane for lane in self.lanes if lane.outcome is not None]
 
     @property
+    def going(self) -> list[Lane]:
+        """Lanes in the pack that have not ended."""
+        return [lane for lane in self.lanes if lane.outcome is None]
+
+    @property
     def idle(self) -> int:
         """Places without a lane while plans remain."""
         return 0 if self.exhausted else self._engine.capacity - len(self.lanes)
@@ -127,12 +132,12 @@ class PackPlaces:
             self.lanes = kept
 
     def park_half(self) -> None:
-        """Take the later half of the lanes out as they are."""
-        half = max(1, len(self.lanes) // 2)
-        for lane in self.lanes[half:]:
+        """Take the later half of the lanes that go on out as they are."""
+        later = self.going[max(1, len(self.going) // 2) :]
+        for lane in later:
             lane.parked = self.state_of(lane)
-            self.parked.append(lane)
-        self.keep(self.lanes[:half])
+        self.parked += later
+        self.keep([lane for lane in self.lanes if lane not in later])
 
     def tick(self) -> None:
         """Count a step of all lanes in the pack."""

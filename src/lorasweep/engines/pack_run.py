@@ -19,18 +19,18 @@ from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialF
 from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
-from lorasweep.engines.lane_adamw import LaneStep, update
+from lorasweep.engines.lane_adamw import LaneStep
 from lorasweep.engines.lane_checkpoint import discard, tell_again
-from lorasweep.engines.lane_memory import is_out_of_memory
 from lorasweep.engines.lane_scoring import validation_logits
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
 from lorasweep.model.heap import give_freed_memory_back
+from lorasweep.model.lane_spans import lane_sums
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen
-from lorasweep.model.packed_products import lane_sums
+from lorasweep.model.torch_errors import is_out_of_memory
 from lorasweep.model.transfer import OnItsWay
 
 if TYPE_CHECKING:
@@ -91,12 +91,8 @@ class PackRun:
                     yield from self._fill()
                     if not places.lanes:
                         return
-                try:
-                    self._advance()
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self._shrink(error)
+                if (lack := self._try_to_advance()) is not None:
+                    self._shrink(lack)
         except BaseException:
             self._save_before_stopping()
             raise
@@ -159,7 +155,24 @@ class PackRun:
             yield dataclasses.replace(lane.outcome, clock=places.clock)
             discard(lane.plan.checkpoint)  # only now: whoever took the outcome has noted it
 
-    def _shrink(self, error: Exception) -> None:
+    def _try_to_advance(self) -> str | None:
+        """Advance, and return the traceback where memory ran out.
+
+        The error holds the frames it went through, and they hold all that the step has computed:
+        only when it is gone there is memory to go on with.
+        """
+        try:
+            self._advance()
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            trace = "".join(traceback.format_exception(error))
+            traceback.clear_frames(error.__traceback__)
+        self.engine.model.forget_pass()
+        return trace
+
+    def _shrink(self, trace: str) -> None:
         """Memory ran out: park half of the lanes as they are, or fail the only one."""
         places = self.places
         places.whole = True  # an update allocates before it changes anything
@@ -168,18 +181,21 @@ class PackRun:
             torch.cuda.empty_cache()
         else:
             give_freed_memory_back()
-        if len(places.lanes) == 1:
-            (lane,) = places.lanes
-            lane.end(
-                TrialState.FAILED,
-                f"out of memory at batch size {lane.plan.batch_size} and rank "
-                f"{lane.plan.adapter.rank}; a smaller batch_size or model.max_length needs less",
-                "".join(traceback.format_exception(error)),
-            )
+        self._read_losses()
+        if places.ended and not places.due:
+            return  # one has just turned out to have failed: perhaps there is room without it
+        if len(going := places.going) > 1:
+            self.engine.halve()
+            places.park_half()
+            _log.warning("out of memory: going on with %d lanes", len(places.going))
             return
-        self.engine.halve()
-        places.park_half()
-        _log.warning("out of memory: going on with %d lanes", len(places.lanes))
+        (lane,) = going
+        lane.end(
+            TrialState.FAILED,
+            f"out of memory at batch size {lane.plan.batch_size} and rank "
+            f"{lane.plan.adapter.rank}; a smaller batch_size or model.max_length needs less",
+            trace,
+        )
 
     def _advance(self) -> None:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
@@ -243,13 +259,16 @@ class PackRun:
             )
             for lane in lanes
         ]
+        # All memory is taken before anything changes: it may run out.
+        numbers = losses.new_empty(2, len(lanes))
+        values = OnItsWay(numbers)
         with self.places.changing():
-            norms = update(weights, steps)
+            numbers[0], numbers[1] = losses, self.engine.adamw.update(weights, steps)
+            values.send()
             self.places.tick()
             for lane in lanes:
                 lane.progress.step += 1
             made = [(lane, step.step, step.rate) for lane, step in zip(lanes, steps, strict=True)]
-            values = OnItsWay(torch.stack([losses.to(norms.dtype), norms]))
             self.unread.append(MadeStep(tuple(made), values))
         self._read_losses(self.engine.lag)
 

@@ -22,6 +22,7 @@ from lorasweep.core.plans import NOTHING_BEFORE, EngineSettings, Resumption, Tri
 from lorasweep.core.protocols import Reporter
 from lorasweep.core.seeding import derive_seed
 from lorasweep.engines.lane import Lane, PackUse
+from lorasweep.engines.lane_adamw import LaneAdamW
 from lorasweep.engines.lane_checkpoint import LaneCheckpoints
 from lorasweep.engines.lane_memory import free_bytes, lane_bytes
 from lorasweep.engines.pack_run import PackRun
@@ -53,6 +54,7 @@ class PackedEngine:
         model: The base that all trials share.
         use: What was done so far.
         checkpoints: Of the lanes under way.
+        adamw: Updates them.
         lag: Steps that are under way before the losses of the one before them are read: on an
             accelerator the next step is sent off without waiting for this one.
 
@@ -90,6 +92,7 @@ class PackedEngine:
             keep_freed_memory()
         self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
+        self.adamw = LaneAdamW(self.device)
 
     @property
     def capacity(self) -> int:

@@ -43,6 +43,7 @@ from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.precision import pick_device, resolve
 from lorasweep.model.scoring import predict_logits
+from lorasweep.model.torch_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -204,16 +205,9 @@ def _own_randomness() -> Iterator[None]:
 
 
 def _describe(error: Exception, plan: TrialPlan) -> str:
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"out of memory at batch size {plan.batch_size} and rank {plan.adapter.rank}; "
             "a smaller batch_size or model.max_length needs less"
         )
     return f"{type(error).__name__}: {error}"
-
-
-def _is_out_of_memory(error: Any) -> bool:
-    # On a CPU torch raises a plain RuntimeError from its allocator.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.kernel_library import RowPlaces
+from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.packed_dropout import token_keys
-from lorasweep.model.packed_products import LaneSpans
 from lorasweep.model.row_buckets import Buckets, make_buckets
 from lorasweep.model.transfer import on_device
 

@@ -21,6 +21,7 @@ from transformers import Trainer
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
 from lorasweep.model.kernels import kernels_for
+from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
@@ -37,7 +38,6 @@ from lorasweep.model.packed_modules import (
     replace_output,
     row_means,
 )
-from lorasweep.model.packed_products import LaneSpans
 from lorasweep.model.packed_shared import SharedLayers
 from lorasweep.model.transfer import on_device
 
@@ -207,6 +207,12 @@ class PackedModel:
         )
         logits: Tensor = output.logits
         return logits.to(self.weights.dtype)
+
+    def forget_pass(self) -> None:
+        """Let go of what the last pass left here."""
+        self.__dict__.pop("batch", None)
+        self._sides = {}
+        self.shared.forget_pass()
 
     def side(self, entries: int) -> Side:
         """Return the batch as seen by a layer with this many input vectors."""

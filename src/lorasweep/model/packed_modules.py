@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasweep.model.lane_spans import lane_repeat
 from lorasweep.model.packed_dropout import Dropout, Mask, kept_scale, module_key, rate_byte
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 
@@ -110,10 +111,10 @@ class LaneLayerNorm(PackedModule):
         weights = self.pack.weights
         scale = weights.parameter(f"{self.pack_name}.weight")
         flat = x.reshape(-1, x.shape[-1]).to(scale.dtype)
-        lane = self.pack.side(flat.shape[0]).spans.lane
-        y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * scale.index_select(0, lane)
+        spans = self.pack.side(flat.shape[0]).spans
+        y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * lane_repeat(scale, spans)
         if self.biased:
-            y = y + weights.parameter(f"{self.pack_name}.bias").index_select(0, lane)
+            y = y + lane_repeat(weights.parameter(f"{self.pack_name}.bias"), spans)
         return y.view(x.shape)
 
 

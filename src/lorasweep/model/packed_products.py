@@ -1,86 +1,19 @@
-"""Products of one long list of tokens with one small matrix per lane, and their gradients.
+"""Linear layers of a pack: a frozen one with each lane's LoRA, and each lane's own.
 
-All tokens of a pack lie in one matrix, lane after lane: ``x`` is ``(tokens, in)``, and
-:class:`LaneSpans` says which rows are whose. A grouped product multiplies each lane's rows with
-that lane's own matrix in one call, without padding and without a copy; rows of different lanes
-never meet in a sum, so a NaN in one lane stays there.
+Their gradients are written by hand on top of grouped products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasweep.model.grouped_products import grouped_outer, grouped_product
+from lorasweep.model.lane_spans import LaneSpans, lane_sums
 from lorasweep.model.packed_dropout import Mask
-
-
-@dataclass(frozen=True)
-class LaneSpans:
-    """Which rows of a flat matrix are whose: lane ``l`` has ``ends[l - 1]:ends[l]``.
-
-    Attributes:
-        ends: One past each lane's last row, int32 ``(lanes,)``.
-        lane: Each row's lane, int64 ``(rows,)``.
-        longest: Rows of the lane that has the most; asking the device would make the host wait.
-    """
-
-    ends: Tensor
-    lane: Tensor
-    longest: int
-
-    @property
-    def lanes(self) -> int:
-        """How many lanes there are."""
-        return len(self.ends)
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """Each lane's first row, and the end of the last: int64 ``(lanes + 1,)``."""
-        return F.pad(self.ends.long(), (1, 0))
-
-    @cached_property
-    def place(self) -> Tensor:
-        """Where each row goes in a ``(lanes, longest)`` grid laid out flat, int64 ``(rows,)``."""
-        row = torch.arange(len(self.lane), device=self.lane.device)
-        return row + (self.lane * self.longest - self.starts.index_select(0, self.lane))
-
-
-def grouped_product(x: Tensor, matrices: Tensor, spans: LaneSpans) -> Tensor:
-    """Multiply each lane's rows with its own matrix.
-
-    Args:
-        x: ``(rows, in)``, lane after lane.
-        matrices: ``(lanes, in, out)``.
-        spans: Whose each row is.
-
-    Returns:
-        ``(rows, out)``.
-    """
-    if _grouped_kernel(x, matrices):
-        return F.grouped_mm(x, matrices, offs=spans.ends)
-    padded = torch.bmm(_spread(x, spans), matrices)
-    return padded.reshape(-1, padded.shape[-1]).index_select(0, spans.place)
-
-
-def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
-    """Sum each lane's outer products: ``left[rows].T @ right[rows]`` for every lane.
-
-    Args:
-        left: ``(rows, n)``, lane after lane.
-        right: ``(rows, m)``.
-        spans: Whose each row is.
-
-    Returns:
-        ``(lanes, n, m)``; zero for a lane without rows.
-    """
-    if _grouped_kernel(left, right):
-        return F.grouped_mm(left.t(), right, offs=spans.ends)
-    return torch.bmm(_spread(left, spans).transpose(1, 2), _spread(right, spans))
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -201,44 +134,3 @@ def lane_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spans: LaneSpans
     """
     result: Tensor = LaneLinear.apply(x, weight, bias, spans)
     return result
-
-
-def lane_sums(values: Tensor, spans: LaneSpans) -> Tensor:
-    """Sum the rows of each lane: ``(rows, n)`` to ``(lanes, n)``."""
-    # segment_reduce sums inside each lane only: a NaN elsewhere can't get in, which a
-    # difference of cumulative sums or a product with a 0/1 matrix would let happen. Unsafe
-    # only means that it doesn't look at the offsets, for which the host would have to wait.
-    return torch.segment_reduce(
-        values, "sum", offsets=spans.starts, axis=0, initial=0.0, unsafe=True
-    )
-
-
-def _grouped_kernel(*operands: Tensor) -> bool:
-    """Whether torch multiplies such groups itself.
-
-    It has no float64 kernel, on CUDA none but bfloat16's, and wants every row to start on 16
-    bytes, which a head of two labels doesn't; those go through a padded batched product.
-    """
-    dtype, device = operands[0].dtype, operands[0].device
-    if not hasattr(F, "grouped_mm"):
-        return False
-    if device.type == "cuda":
-        known = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        known = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return known and all(_aligned(operand) for operand in operands)
-
-
-def _aligned(operand: Tensor) -> bool:
-    bytes_a_number = operand.element_size()
-    return all(
-        stride == 1 or (stride > 0 and stride * bytes_a_number % 16 == 0)
-        for stride in operand.stride()
-    )
-
-
-def _spread(x: Tensor, spans: LaneSpans) -> Tensor:
-    """Lay the rows of a flat matrix into a zero-padded grid, ``(lanes, longest, width)``."""
-    grid = x.new_zeros(spans.lanes * spans.longest, x.shape[1])
-    grid.index_copy_(0, spans.place, x)
-    return grid.view(spans.lanes, spans.longest, x.shape[1])

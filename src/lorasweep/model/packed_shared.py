@@ -64,13 +64,17 @@ class SharedLayers:
 
     def prepare(self, batch: PackedBatch, training: bool) -> None:
         """Before a pass: see from which layer on it has to be computed."""
-        self._from = self._look_up = None
+        self.forget_pass()
         first = self._first_adapted()
         if first == 0 or not batch.tokens or (training and not self._still):
             return
         hidden = self._hidden(batch.split, first)
         if hidden is not None:
             self._from, self._look_up = first, hidden.index_select(0, batch.split_tokens)
+
+    def forget_pass(self) -> None:
+        """Let go of what was looked up for the last pass."""
+        self._from = self._look_up = None
 
     def forget(self) -> None:
         """Drop what was kept."""

@@ -1,8 +1,8 @@
-"""Between host and accelerator without waiting: one copy there for each step, one back.
+"""Between host and accelerator without waiting: few copies there in a step, one back.
 
-A small array that goes to a GPU by itself makes the host wait until all earlier work is done,
-and so does every number that is read. A step sends all that it needs at once from pinned
-memory, and the next step is on its way before this one's losses are read.
+A small array that goes to a GPU from ordinary memory makes the host wait until all earlier work
+is done, and so does every number that is read. So arrays go together, from pinned memory, and the
+next step is on its way before this one's losses are read.
 """
 
 from __future__ import annotations
@@ -48,23 +48,30 @@ def on_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tens
 
 
 class OnItsWay:
-    """Numbers that a device may still be computing, on their way to the host.
+    """Numbers that a device computes, and their way to the host.
+
+    All memory is taken at once: to run out of it later would leave a step half done.
 
     Args:
-        values: On any device; nobody may change them afterwards.
+        values: Where the device will put them.
     """
 
     def __init__(self, values: Tensor) -> None:
+        self._values = self._host = values
         self._arrived: torch.cuda.Event | None = None
-        if values.device.type == "cpu":
-            self._host = values
+        if values.device.type != "cpu":
+            on_cuda = values.device.type == "cuda"
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_cuda)
+            self._arrived = torch.cuda.Event() if on_cuda else None
+
+    def send(self) -> None:
+        """Send off the values: all that changes them is queued, and nobody changes them again."""
+        if self._host is self._values:
             return
-        on_cuda = values.device.type == "cuda"
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_cuda)
-        self._host.copy_(values, non_blocking=True)
-        if on_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(values.device))
+        # Without an event (on the tests' simulated device) the copy is there when this returns.
+        self._host.copy_(self._values, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(self._values.device))
 
     def read(self) -> list[Any]:
         """Wait for them, and return them in nested lists."""

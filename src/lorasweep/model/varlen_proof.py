@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasweep.model.row_attention import RowAttention
 from lorasweep.model.row_buckets import make_buckets
+from lorasweep.model.torch_errors import first_line, is_out_of_memory
 from lorasweep.model.varlen_attention import varlen_attention
 
 _log = logging.getLogger(__name__)
@@ -67,19 +68,21 @@ def proven_options(
 def _tried(
     device: torch.device, dtype: torch.dtype, heads: int, width: int, window: int | None
 ) -> Mapping[str, Any] | None:
-    level, why = logging.INFO, ""
+    why = ""
     for options in _OPTIONS:
         try:
             for first_only in (False, True) if window is None else (False,):
                 _try(device, dtype, heads, width, window, first_only, options)
         except _DiffersError as error:
-            level, why = logging.WARNING, str(error)
+            why = str(error)
         except Exception as error:  # a build may lack it in ways that nobody can foresee
-            why = why or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if is_out_of_memory(error):
+                raise  # it says nothing about the kernel, and must not be remembered
+            why = why or first_line(error)
         else:
             return options
     text = "torch's attention for rows of unequal length is not used on %s (%s, %d × %d): %s"
-    _log.log(level, text, device, str(dtype).removeprefix("torch."), heads, width, why)
+    _log.warning(text, device, str(dtype).removeprefix("torch."), heads, width, why)
     return None
 
 
