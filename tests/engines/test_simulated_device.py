@@ -121,3 +121,17 @@ def test_the_device_notes_nothing_else(report):
 @pytest.mark.parametrize("operation", ["two devices", "two devices in a product"])
 def test_the_device_refuses_tensors_of_the_cpu(operation, report):
     assert "on simulated and on the CPU" in report["tried"][operation]
+
+
+def test_the_checks_for_a_gpu_can_be_collected_and_want_one():
+    """They run on no machine of ours: at least they must not fall behind what they import."""
+    checks = Path(__file__).with_name("cuda_checks.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "there_is_a_gpu", checks],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "test_there_is_a_gpu - assert []" in done.stdout
