@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import torch
 
-from lorasweep.model import kernel_build, kernels
+from lorasweep.model import kernel_build, kernels, packed_attention
 from lorasweep.model.kernel_build import KernelBuildError, built_kernels
-from lorasweep.model.kernel_library import RowPlaces
+from lorasweep.model.kernel_library import Kernels, RowPlaces
 from lorasweep.model.kernels import kernels_for, loaded_kernels, why_no_kernels
 from lorasweep.model.packed_attention import CompiledAttention
 from lorasweep.model.packed_dropout import Mask, kept_bits, masked
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import make_buckets
 
-LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17])
+LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17, 71])
 TOKENS = int(LENGTHS.sum())
 # bfloat16 keeps 8 bits: the plain path rounds scores and weights to it, the compiled one doesn't.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -65,16 +66,27 @@ def inputs(first_only: bool, width: int, dtype: torch.dtype) -> list[torch.Tenso
     return [x.detach().requires_grad_() for x in (query, key, value)]
 
 
+@pytest.fixture(params=["as this machine has them", "eight numbers wide"])
+def vectors(request, monkeypatch):
+    """Attention by vectors of either width: sixteen numbers need AVX-512."""
+    if request.param == "eight numbers wide":
+        flags = (*kernel_build._FLAGS, "-march=x86-64-v3")
+        monkeypatch.setattr(kernel_build, "_FLAGS", flags)
+        narrow = Kernels(built_kernels())
+        monkeypatch.setattr(packed_attention, "kernels_for", lambda _: narrow)
+
+
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("first_only", [False, True])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("width", "rate"), [(8, 0.0), (32, 0.3), (20, 0.1)])
+@pytest.mark.parametrize("window", [None, 3, 20])
+@pytest.mark.parametrize(("width", "rate"), [(8, 0.0), (32, 0.3), (20, 0.1), (64, 0.1)])
 def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, window, width, rate):
     dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
     given = inputs(first_only, width, dtype)
     buckets = make_buckets(LENGTHS, torch.device("cpu"))
-    plain = RowAttention.apply(*given, 0.5, buckets, dropout, window)
-    compiled = CompiledAttention.apply(*given, 0.5, places(first_only), dropout, window)
+    plain = RowAttention.apply(*given, width**-0.5, buckets, dropout, window)
+    compiled = CompiledAttention.apply(*given, width**-0.5, places(first_only), dropout, window)
     upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     for expected, found in zip(
         (plain, *torch.autograd.grad(plain, given, upstream)),
@@ -84,11 +96,13 @@ def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, windo
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_a_nan_stays_in_its_row():
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_nan_stays_in_its_row(poison):
     given = inputs(False, 8, torch.float32)
     clean = CompiledAttention.apply(*given, 0.5, places(False), None, None)
     with torch.no_grad():
-        given[1][10] = torch.nan  # in the third row, tokens 8 to 33
+        given[1][10] = poison  # in the third row, tokens 8 to 33
     found = CompiledAttention.apply(*given, 0.5, places(False), None, None)
     gradients = torch.autograd.grad(found, given, torch.ones_like(found))
     outside = torch.ones(TOKENS, dtype=torch.bool)
@@ -97,6 +111,30 @@ def test_a_nan_stays_in_its_row():
     assert found[8:34].isnan().all()
     for gradient in gradients:
         assert gradient[outside].isfinite().all()
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_tokens_of_no_row_get_zeros_whatever_lay_in_memory(first_only, monkeypatch):
+    def spoiled(*shape, **options):
+        return empty(*shape, **options).fill_(torch.nan)
+
+    gaps = torch.arange(TOKENS, TOKENS + 5)
+    rows = places(first_only)
+    rows = dataclasses.replace(rows, gaps=gaps, query_gaps=None if first_only else gaps)
+    query, key, value = inputs(first_only, 8, torch.float32)
+    longer = [torch.cat([x, x[:5]]).detach() for x in (key, value)]
+    asking = query.detach() if first_only else torch.cat([query, query[:5]]).detach()
+    given = [x.requires_grad_() for x in (asking, *longer)]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", spoiled)
+    out = CompiledAttention.apply(*given, 0.5, rows, None, None)
+    gradients = torch.autograd.grad(out, given, torch.ones_like(out))
+    monkeypatch.undo()
+    plain = CompiledAttention.apply(query, key, value, 0.5, places(first_only), None, None)
+    expected = (plain, *torch.autograd.grad(plain, (query, key, value), torch.ones_like(plain)))
+    for whole, part in zip((out, *gradients), expected, strict=True):
+        assert torch.equal(whole[: len(part)], part)
+        assert (whole[len(part) :] == 0).all()
 
 
 def test_the_gradient_of_keys_is_left_out_where_nobody_asks():

@@ -51,3 +51,10 @@ def test_filling_tokens_belong_to_no_row():
         start = int(filled.first[at])
         assert filled.positions[0, start : start + length].tolist() == list(range(length))
     assert torch.equal(row.length, torch.from_numpy(plain.lengths))
+    everything = torch.cat([row.gaps, filled.real]).sort().values
+    assert torch.equal(everything, torch.arange(filled.attended))
+    assert torch.equal(row.query_gaps, row.gaps)
+    of_first = filled.places(first_only=True)
+    assert torch.equal(of_first.gaps, row.gaps)
+    assert of_first.query_gaps is None
+    assert plain.places(first_only=False).gaps is None

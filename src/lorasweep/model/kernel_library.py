@@ -46,12 +46,16 @@ class RowPlaces:
         length: Its tokens.
         query_first: Where its queries start.
         query_count: How many of its first tokens ask.
+        gaps: Tokens that belong to no row, int64 ``(gaps,)``; None for none.
+        query_gaps: The same of queries.
     """
 
     first: Tensor
     length: Tensor
     query_first: Tensor
     query_count: Tensor
+    gaps: Tensor | None = None
+    query_gaps: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +123,11 @@ class Kernels:
             how: Scaling, window, dropout.
 
         Returns:
-            A tensor like ``query``, and what :meth:`attend_backward` wants: float32,
-            ``(queries, heads)``.
+            A tensor like ``query``, 0 in the gaps, and what :meth:`attend_backward` wants:
+            float32, ``(queries, heads)``.
         """
-        out = torch.zeros(query.shape, dtype=query.dtype)
-        sums = torch.zeros(query.shape[:2], dtype=torch.float32)
+        out = _blank(query, rows.query_gaps)
+        sums = torch.empty(query.shape[:2], dtype=torch.float32)
         self._attend("attend", (out, sums), query, key, value, rows, how)
         return out, sums
 
@@ -138,15 +142,12 @@ class Kernels:
         how: Attending,
         key_wanted: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the gradients of query, key (None unless wanted) and value."""
-        found = (
-            torch.zeros(query.shape, dtype=query.dtype),
-            torch.zeros(value.shape, dtype=value.dtype),
-        )
-        of_key = torch.zeros(key.shape, dtype=key.dtype) if key_wanted else None
-        arrays = (found[0], of_key, found[1], grad.contiguous(), sums)
+        """Return the gradients of query, key (None unless wanted) and value; 0 in the gaps."""
+        of_query, of_value = _blank(query, rows.query_gaps), _blank(value, rows.gaps)
+        of_key = _blank(key, rows.gaps) if key_wanted else None
+        arrays = (of_query, of_key, of_value, grad.contiguous(), sums)
         self._attend("attend_backward", arrays, query, key, value, rows, how)
-        return found[0], of_key, found[1]
+        return of_query, of_key, of_value
 
     def _attend(
         self,
@@ -184,6 +185,12 @@ class Kernels:
 
     def _call(self, name: str, dtype: torch.dtype) -> Any:
         return getattr(self._library, f"{name}_{_SUFFIX[dtype]}")
+
+
+def _blank(like: Tensor, gaps: Tensor | None) -> Tensor:
+    """Make room for as many numbers; the kernels write all but the gaps."""
+    room = torch.empty(like.shape, dtype=like.dtype)
+    return room if gaps is None else room.index_fill_(0, gaps, 0)
 
 
 def _at(tensor: Tensor | None) -> c_void_p | None:

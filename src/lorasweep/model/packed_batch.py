@@ -92,12 +92,21 @@ class PackedBatch:
             first_only: There is one query a row, of its first token.
         """
         if first_only not in self._places:
-            length = torch.from_numpy(self.lengths)
-            query_first, query_count = self.first, length
+            length, gaps = torch.from_numpy(self.lengths), self._gaps()
+            queries = (self.first, length, gaps)
             if first_only:
-                query_first, query_count = torch.arange(len(length)), torch.ones_like(length)
-            self._places[first_only] = RowPlaces(self.first, length, query_first, query_count)
+                queries = (torch.arange(len(length)), torch.ones_like(length), None)
+            first, count, query_gaps = queries
+            self._places[first_only] = RowPlaces(self.first, length, first, count, gaps, query_gaps)
         return self._places[first_only]
+
+    def _gaps(self) -> Tensor | None:
+        """Return the filling tokens, int64 ``(filling tokens,)``; None for none."""
+        if self.real is None:
+            return None
+        filling = torch.ones(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
+        filling[self.real] = False
+        return filling.nonzero().squeeze(1)
 
     @property
     def tokens(self) -> int:

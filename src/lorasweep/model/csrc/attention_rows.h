@@ -1,4 +1,10 @@
-/* Attention inside a row and head, in float: what does not depend on the type of activations. */
+/* Attention inside a row and head, in float: what does not depend on the type of activations.
+ *
+ * Arrays are padded with zeros to whole vectors, so that nothing is done one by one: what is left
+ * over after whole vectors would take longer than all the rest. */
+#define QUERIES 4 /* that share one pass over keys and values */
+#define DRAWN 64  /* random bytes are drawn in multiples of this */
+
 /* Rows of a batch as attention sees them; all arrays are (rows,). */
 typedef struct {
   int64_t rows;
@@ -17,25 +23,24 @@ typedef struct {
   int32_t rate; /* of 256 */
 } Attending;
 
-/* Scratch memory of one thread: float arrays of a row and head, widths rounded up. */
+/* Scratch memory of one thread, for a row and head. */
 typedef struct {
-  int64_t keys, wide;
-  float *key_columns, *value_columns; /* (wide, keys) */
+  float *key_columns, *value_columns;                 /* (wide, keys) */
   float *key, *value, *key_gradient, *value_gradient; /* (keys, wide) */
-  float *query, *out; /* (QUERIES, wide) */
-  float *weight, *gradient, *kept; /* (QUERIES, keys) */
-  uint64_t *bytes;
+  float *query, *out;                                 /* (QUERIES, wide) */
+  float *weight, *gradient, *kept;                    /* (QUERIES, keys) */
+  uint8_t *bytes;                                     /* (QUERIES, keys rounded up to DRAWN) */
   void *whole;
 } Scratch;
 
 static int scratch_made(Scratch *s, int64_t longest, int64_t width) {
-  s->keys = rounded_up(longest, 16);
-  s->wide = rounded_up(width, 16);
-  int64_t grid = s->keys * s->wide, block = QUERIES * s->wide, row = QUERIES * s->keys;
-  int64_t floats = 6 * grid + 2 * block + 3 * row;
-  s->whole = aligned_alloc(64, rounded_up(floats * 4 + s->keys, 64));
+  int64_t keys = rounded_up(longest, LANES), wide = rounded_up(width, LANES);
+  int64_t grid = keys * wide, block = QUERIES * wide, row = QUERIES * keys;
+  int64_t floats_of_all = rounded_up(6 * grid + 2 * block + 3 * row, 16);
+  s->whole = aligned_alloc(64, (size_t)(floats_of_all * 4 + QUERIES * rounded_up(keys, DRAWN)));
   if (!s->whole) return 0;
   float *at = s->whole;
+  s->bytes = (uint8_t *)(at + floats_of_all);
   float **grids[] = {&s->key_columns, &s->value_columns, &s->key,
                      &s->value, &s->key_gradient, &s->value_gradient};
   for (int i = 0; i < 6; i++, at += grid) *grids[i] = at;
@@ -43,7 +48,6 @@ static int scratch_made(Scratch *s, int64_t longest, int64_t width) {
   for (int i = 0; i < 2; i++, at += block) *blocks[i] = at;
   float **rows[] = {&s->weight, &s->gradient, &s->kept};
   for (int i = 0; i < 3; i++, at += row) *rows[i] = at;
-  s->bytes = (uint64_t *)at;
   return 1;
 }
 
@@ -54,87 +58,163 @@ static inline int64_t longest_row(const Rows *rows) {
   return longest;
 }
 
-/* weights[b] = rows[b] . columns, for QUERIES rows at once: (QUERIES, keys). */
-static inline void times_columns(float *restrict to, const float *restrict rows,
-                                 const float *restrict columns, int64_t keys, int64_t wide,
-                                 int64_t width, int64_t stride) {
-  for (int64_t j = 0; j < keys; j += 16) {
-    lanes16 sum[QUERIES] = {0};
+/* to[b] = rows[b] . columns: (QUERIES, keys). */
+INLINE void times_columns(float *restrict to, const float *restrict rows, float *restrict columns,
+                          int64_t keys, int64_t wide, int64_t width) {
+  for (int64_t j = 0; j < keys; j += LANES) {
+    floats sum[QUERIES] = {0};
     for (int64_t d = 0; d < width; d++) {
-      lanes16 column = *(const lanes16 *)(columns + d * stride + j);
+      floats column = *vector(columns + d * keys + j);
       for (int b = 0; b < QUERIES; b++) sum[b] += rows[b * wide + d] * column;
     }
-    for (int b = 0; b < QUERIES; b++) *(lanes16 *)(to + b * stride + j) = sum[b];
+    for (int b = 0; b < QUERIES; b++) *vector(to + b * keys + j) = sum[b];
   }
 }
 
 /* to[b] = sum over keys of weight[b] times rows: (QUERIES, wide). */
-static inline void weighted_rows(float *restrict to, const float *restrict weight,
-                                 const float *restrict rows, int64_t length, int64_t wide,
-                                 int64_t stride) {
-  for (int64_t d = 0; d < wide; d += 16) {
-    lanes16 sum[QUERIES] = {0};
+INLINE void weighted_rows(float *restrict to, const float *restrict weight, float *restrict rows,
+                          int64_t length, int64_t keys, int64_t wide) {
+  for (int64_t d = 0; d < wide; d += LANES) {
+    floats sum[QUERIES] = {0};
     for (int64_t j = 0; j < length; j++) {
-      lanes16 row = *(const lanes16 *)(rows + j * wide + d);
-      for (int b = 0; b < QUERIES; b++) sum[b] += weight[b * stride + j] * row;
+      floats row = *vector(rows + j * wide + d);
+      for (int b = 0; b < QUERIES; b++) sum[b] += weight[b * keys + j] * row;
     }
-    for (int b = 0; b < QUERIES; b++) *(lanes16 *)(to + b * wide + d) = sum[b];
+    for (int b = 0; b < QUERIES; b++) *vector(to + b * wide + d) = sum[b];
   }
 }
 
 /* to[j] += sum over queries of weight[b][j] times rows[b]: (keys, wide). */
-static inline void add_outer(float *restrict to, const float *restrict weight,
-                             const float *restrict rows, int64_t length, int64_t wide,
-                             int64_t stride) {
-  for (int64_t d = 0; d < wide; d += 16) {
-    lanes16 row[QUERIES];
-    for (int b = 0; b < QUERIES; b++) row[b] = *(const lanes16 *)(rows + b * wide + d);
+INLINE void add_outer(float *restrict to, const float *restrict weight, float *restrict rows,
+                      int64_t length, int64_t keys, int64_t wide) {
+  for (int64_t d = 0; d < wide; d += LANES) {
+    floats row[QUERIES];
+    for (int b = 0; b < QUERIES; b++) row[b] = *vector(rows + b * wide + d);
     for (int64_t j = 0; j < length; j++) {
-      lanes16 sum = *(lanes16 *)(to + j * wide + d);
-      for (int b = 0; b < QUERIES; b++) sum += weight[b * stride + j] * row[b];
-      *(lanes16 *)(to + j * wide + d) = sum;
+      floats sum = *vector(to + j * wide + d);
+      for (int b = 0; b < QUERIES; b++) sum += weight[b * keys + j] * row[b];
+      *vector(to + j * wide + d) = sum;
     }
   }
 }
 
-static inline void transpose(float *restrict to, const float *restrict from, int64_t length,
-                             int64_t keys, int64_t wide, int64_t width, int64_t stride) {
-  for (int64_t d = 0; d < width; d++)
-    for (int64_t j = 0; j < keys; j++) to[d * stride + j] = j < length ? from[j * wide + d] : 0.0f;
-}
-
-/* What of a query is kept of each key, times dropout's scale; `keys` is a multiple of 16. */
-static inline void attention_kept(float *restrict kept, uint64_t *bytes, const Attending *how,
-                                  int64_t token, int64_t head, int64_t keys) {
-  uint64_t stream = (uint64_t)how->streams[token] * (uint64_t)(2 * head + 1);
-  random_bytes(bytes, stream, (uint64_t)how->key, keys / 8);
-  const uint8_t *byte = (const uint8_t *)bytes;
-  float scale = 256.0f / (256.0f - (float)how->rate);
-  for (int64_t j = 0; j < keys; j++) kept[j] = byte[j] >= how->rate ? scale : 0.0f;
-}
-
-static inline int unseen(const Attending *how, int64_t i, int64_t j) {
-  return how->window && (i - j >= how->window || j - i >= how->window);
-}
-
-/* Softmax of one query's scores in place, 0 beyond the row; returns the logarithm of its sum.
- *
- * Loops run to `keys`, a multiple of 16, and not to `length`: what is left over after whole
- * vectors would be done one by one, and takes longer than all the rest. */
-static inline float softmax(float *restrict score, const Attending *how, int64_t i,
-                            int64_t length, int64_t keys) {
-  for (int64_t j = length; j < keys; j++) score[j] = -INFINITY;
-  if (how->window)
-    for (int64_t j = 0; j < length; j++) score[j] = unseen(how, i, j) ? -INFINITY : score[j];
-  float most = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : most)
-  for (int64_t j = 0; j < keys; j++) most = score[j] > most ? score[j] : most;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < keys; j++) {
-    score[j] = fast_exp((score[j] - most) * how->scaling);
-    sum += score[j];
+/* Transpose a square of vectors in place, by exchanging ever smaller blocks. */
+INLINE void transpose_square(floats *row) {
+  const ints at = from(0);
+#pragma GCC unroll 4
+  for (int size = LANES / 2; size; size /= 2) {
+    ints right = (at & size) != 0;
+    ints upper = (right & (at + LANES - size)) | (~right & at);
+    ints lower = (right & (at + LANES)) | (~right & (at + size));
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      if (!(i & size)) {
+        floats a = row[i], b = row[i + size];
+        row[i] = __builtin_shuffle(a, b, upper);
+        row[i + size] = __builtin_shuffle(a, b, lower);
+      }
   }
-  float share = 1.0f / sum;
-  for (int64_t j = 0; j < keys; j++) score[j] *= share;
-  return most * how->scaling + logf(sum);
 }
+
+/* to (wide, keys) = from (keys, wide), transposed. */
+INLINE void transposed(float *restrict to, float *restrict from, int64_t keys, int64_t wide) {
+  for (int64_t j = 0; j < keys; j += LANES)
+    for (int64_t d = 0; d < wide; d += LANES) {
+      floats square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = *vector(from + (j + i) * wide + d);
+      transpose_square(square);
+      for (int i = 0; i < LANES; i++) *vector(to + (d + i) * keys + j) = square[i];
+    }
+}
+
+/* The random bytes of `count` queries, the first of which is `token`: one for each key. */
+INLINE void draw(uint8_t *bytes, const Attending *how, int64_t token, int64_t count, int64_t head,
+                 int64_t keys) {
+  int64_t drawn = rounded_up(keys, DRAWN);
+  for (int64_t b = 0; b < count; b++) {
+    uint64_t stream = (uint64_t)how->streams[token + b] * (uint64_t)(2 * head + 1);
+    random_bytes((uint64_t *)(bytes + b * drawn), stream, (uint64_t)how->key, drawn / 8);
+  }
+}
+
+/* What is kept of the keys from j on, times dropout's scale. */
+INLINE floats kept_from(const uint8_t *bytes, const Attending *how, int64_t j) {
+  octets byte;
+  memcpy(&byte, bytes + j, sizeof byte);
+  ints kept = __builtin_convertvector(byte, ints) >= how->rate;
+  return where(kept, all(256.0f / (256.0f - (float)how->rate)), all(0.0f));
+}
+
+/* Which of the keys from j on query i sees. */
+INLINE ints seen_from(const Attending *how, int64_t i, int64_t j, int64_t length) {
+  ints at = from(j), seen = at < (int32_t)length;
+  if (how->window) {
+    int32_t query = (int32_t)i, window = (int32_t)how->window;
+    seen &= (at > query - window) & (at < query + window);
+  }
+  return seen;
+}
+
+/* Replace query i's scores by its weights: softmax and dropout, 0 where unseen. Returns the
+ * logarithm of softmax's sum. */
+INLINE float weigh(float *restrict score, const uint8_t *bytes, const Attending *how, int64_t i,
+                   int64_t length, int64_t keys) {
+  floats most = all(-INFINITY), sum = all(0.0f);
+  for (int64_t j = 0; j < keys; j += LANES) {
+    floats x = where(seen_from(how, i, j, length), *vector(score + j), all(-INFINITY));
+    *vector(score + j) = x;
+    most = where(x > most, x, most);
+  }
+  float largest = largest_of(most);
+  for (int64_t j = 0; j < keys; j += LANES) {
+    floats x = exp_of((*vector(score + j) - largest) * how->scaling);
+    *vector(score + j) = x;
+    sum += x;
+  }
+  float total = sum_of(sum);
+  for (int64_t j = 0; j < keys; j += LANES) {
+    floats kept = how->streams ? kept_from(bytes, how, j) : all(1.0f);
+    *vector(score + j) *= kept / total;
+  }
+  return largest * how->scaling + logf(total);
+}
+
+/* From query i's scores, the gradient of its weights, and what weigh returned: its weights
+ * (into `kept`) and the gradient of its scores (into `gradient`). */
+INLINE void weigh_backward(float *restrict score, float *restrict gradient, float *restrict kept,
+                           const uint8_t *bytes, const Attending *how, float sum, int64_t i,
+                           int64_t length, int64_t keys) {
+  floats products = all(0.0f);
+  for (int64_t j = 0; j < keys; j += LANES) {
+    floats share = exp_of(*vector(score + j) * how->scaling - sum);
+    share = where(seen_from(how, i, j, length), share, all(0.0f));
+    floats scale = how->streams ? kept_from(bytes, how, j) : all(1.0f);
+    floats slope = *vector(gradient + j) * scale;
+    *vector(kept + j) = share * scale;
+    *vector(score + j) = share;
+    *vector(gradient + j) = slope;
+    products += share * slope;
+  }
+  float inner = sum_of(products);
+  for (int64_t j = 0; j < keys; j += LANES)
+    *vector(gradient + j) = *vector(score + j) * (*vector(gradient + j) - inner) * how->scaling;
+}
+
+/* The body of a function that does `head_of` for each row and head, on all threads; it returns
+ * 0 when memory ran out. A thread takes all heads of a row, whose numbers lie side by side. */
+#define FOR_EACH_HEAD(head_of, ...)                           \
+  int64_t longest = longest_row(rows), heads = how->heads;    \
+  int failed = 0;                                             \
+  _Pragma("omp parallel num_threads(threads)") {              \
+    Scratch s;                                                \
+    int there = scratch_made(&s, longest, how->width);        \
+    if (!there) {                                             \
+      _Pragma("omp atomic write") failed = 1;                 \
+    }                                                         \
+    _Pragma("omp for schedule(dynamic, heads) collapse(2)")   \
+    for (int64_t r = 0; r < rows->rows; r++)                  \
+      for (int64_t h = 0; h < heads; h++)                     \
+        if (there) head_of(&s, __VA_ARGS__, rows, how, r, h); \
+    if (there) free(s.whole);                                 \
+  }                                                           \
+  return !failed;

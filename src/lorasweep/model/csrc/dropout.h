@@ -5,10 +5,10 @@
 void NAMED(drop)(SCALAR *out, const SCALAR *x, int64_t entries, int64_t width,
                  const int64_t *streams, int64_t key, const int16_t *rates, int32_t rate,
                  float scale, int threads) {
-  int64_t words = (width + 7) / 8;
+  int64_t eights = (width + 7) / 8;
 #pragma omp parallel num_threads(threads)
   {
-    uint64_t bytes[words];
+    uint64_t bytes[eights];
     const uint8_t *byte = (const uint8_t *)bytes;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < entries; t++) {
@@ -19,7 +19,7 @@ void NAMED(drop)(SCALAR *out, const SCALAR *x, int64_t entries, int64_t width,
         if (to != from) memcpy(to, from, (size_t)width * sizeof(SCALAR));
         continue;
       }
-      random_bytes(bytes, (uint64_t)streams[t], (uint64_t)key, words);
+      random_bytes(bytes, (uint64_t)streams[t], (uint64_t)key, eights);
       if (scale == 1.0f)
         for (int64_t c = 0; c < width; c++) to[c] = byte[c] >= limit ? from[c] : (SCALAR)0;
       else
