@@ -3,7 +3,7 @@
 Every measurement starts from nothing, so none is warm and none inherits memory. Contenders take
 turns, so that a machine that slows down slows all of them, and a ratio is the median of the
 ratios inside the turns. The file is written after every measurement: a run that is cut off keeps
-what it has.
+what it has, and the same command with --resume measures the turns that are missing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from lorasweep.tracking.environment import describe
 
 _RESULTS = Path(__file__).parent / "results"
 _SAID = ("OMP_NUM_THREADS", "LORASWEEP_KERNELS")
+# What may change between the turns of one result, and is noted for each.
+_PASSING = ("git_commit", "git_dirty", "load_average")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ def command_line(
         help="turns; also for one contender: --repeats 3 notebook=1 (3)",
     )
     parser.add_argument("--out", type=Path, help="where to write JSON (results/<benchmark>.json)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the file's turns and measure the missing ones; one that was cut in its middle "
+        "is measured again, since a ratio is that of one turn",
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -136,12 +144,17 @@ def run(
         "contenders": {each: contenders[each].words for each in arguments.contenders},
     }
     taken: Results = {each: [] for each in arguments.contenders}
+    if arguments.resume and out.exists():
+        taken |= _whole_turns(_earlier(out, head), arguments.repeats)
     failed: dict[str, str] = {}
     summary: dict[str, Any] = {}
     table = "Nothing was measured."
+    if measured := {key: runs for key, runs in taken.items() if runs}:
+        summary, table = summarise(measured)
     for turn in range(max(arguments.repeats.values())):
         for each in arguments.contenders:
-            if turn >= arguments.repeats[each] or each in failed:
+            there = any(run["turn"] == turn for run in taken[each])
+            if turn >= arguments.repeats[each] or each in failed or there:
                 continue
             found = _in_a_process(each, turn, contenders[each].environment, also)
             if "failed" in found:
@@ -198,14 +211,49 @@ def _measure(contender: Contender, work: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     import torch
 
+    described = describe(Path(__file__).parent)
     return {
         "turn": work.turn,
         "seconds": seconds,
+        "git_commit": described["git_commit"],
+        "git_dirty": described["git_dirty"],
         "torch_threads": torch.get_num_threads(),
         "load_average_before": load,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         **found,
     }
+
+
+def _earlier(path: Path, head: Mapping[str, Any]) -> Results:
+    """Return what was measured before, if it is the same work on the same machine."""
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(head, default=str))
+    parts = ("work", "contenders", "machine")
+    if unlike := [name for part in parts for name in _unlike(before, now, part)]:
+        print(
+            f"--resume: {path} was measured with another {', '.join(unlike)}. "
+            "Give another file with --out, or leave out --resume to begin anew.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    found: Results = before["runs"]
+    return found
+
+
+def _whole_turns(taken: Results, repeats: Mapping[str, int]) -> Results:
+    """Keep the turns that nobody who should take part in them has missed."""
+    turns = {name: {run["turn"] for run in runs} for name, runs in taken.items()}
+    whole = {
+        turn
+        for turn in set().union(*turns.values())
+        if all(turn in turns[name] or turn >= repeats[name] for name in repeats)
+    }
+    return {name: [run for run in runs if run["turn"] in whole] for name, runs in taken.items()}
+
+
+def _unlike(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[str]:
+    names = (before[part].keys() | now[part].keys()) - set(_PASSING)
+    return sorted(name for name in names if before[part].get(name) != now[part].get(name))
 
 
 def _in_a_process(
@@ -226,12 +274,12 @@ def _in_a_process(
 
 
 def _told() -> list[str]:
-    """Return the command line's words, but for where the results go."""
+    """Return the command line's words, but for where results go and that some were there."""
     words, told = iter(sys.argv[1:]), []
     for word in words:
         if word == "--out":
             next(words, None)
-        elif not word.startswith("--out="):
+        elif word != "--resume" and not word.startswith("--out="):
             told.append(word)
     return told
 

@@ -15,7 +15,7 @@ _FOLDER = Path(__file__).parents[1] / "benchmarks"
 _SCRIPTS = ("makespan", "distilbert", "refill", "peak", "ablation", "halving")
 
 
-def run(script: str, *words: str, data: Path | None = None, fails: bool = False) -> str:
+def run(script: str, *words: str, data: Path | None = None, exit_code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(_FOLDER / f"{script}.py"), *words],
         env={**os.environ, "LORASWEEP_DATA": str(data)},
@@ -24,8 +24,8 @@ def run(script: str, *words: str, data: Path | None = None, fails: bool = False)
         check=False,
         timeout=300,
     )
-    assert done.returncode == int(fails), done.stderr
-    return done.stdout
+    assert done.returncode == exit_code, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -67,6 +67,45 @@ def test_makespan_writes_times_scores_and_machine(sentences: Path, tmp_path: Pat
     assert found["work"]["points"][1] == {"learning_rate": 2e-4, "rank": 8, "epochs": 1}
 
 
+def test_only_missing_turns_are_measured_and_cut_ones_again(
+    sentences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    work = ("packed", "trainer engine", "--trials", "1", "--train-rows", "16", "--epochs", "1")
+    cut = (*work, "--out", str(out), "--repeats")
+    run("makespan", *cut, "1", data=sentences)
+    first = json.loads(out.read_text(encoding="utf-8"))
+    # As if it had been cut off after one of the second turn's two contenders.
+    late = {**first["runs"]["packed"][0], "turn": 1, "seconds": 1e6}
+    first["runs"]["packed"].append(late)
+    out.write_text(json.dumps(first), encoding="utf-8")
+    run("makespan", *cut, "2", "--resume", data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["runs"]["trainer engine"][0] == first["runs"]["trainer engine"][0]
+    kept, again = found["runs"]["packed"]
+    assert kept == first["runs"]["packed"][0]
+    assert again["turn"] == 1
+    assert again["seconds"] < 1e6
+    assert found["command"] == shlex.join(
+        ["python", "benchmarks/makespan.py", *work, "--repeats", "2"]
+    )
+    # Nothing is missing: it is told again, and stays as it is.
+    table = run("makespan", *cut, "2", "--resume", data=sentences)
+    assert "trainer engine" in table
+    assert json.loads(out.read_text(encoding="utf-8")) == found
+
+
+def test_turns_of_other_work_are_not_mixed(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    cut = ("--trials", "1", "--train-rows", "16", "--repeats", "1", "--out", str(out))
+    run("makespan", "packed", *cut, "--epochs", "1", data=sentences)
+    before = out.read_bytes()
+    others = ("packed", "trainer engine", *cut, "--epochs", "2", "--resume")
+    said = run("makespan", *others, data=sentences, exit_code=2)
+    assert f"--resume: {out} was measured with another epochs, points, trainer engine." in said
+    assert out.read_bytes() == before
+
+
 def test_peak_relates_the_packs_arithmetic_to_torchs_products(
     sentences: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +125,7 @@ def test_peak_relates_the_packs_arithmetic_to_torchs_products(
 
 def test_a_contender_that_fails_is_named_in_the_results(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    run("makespan", "packed", "--repeats", "1", "--out", str(out), data=tmp_path, fails=True)
+    run("makespan", "packed", "--repeats", "1", "--out", str(out), data=tmp_path, exit_code=1)
     assert "sentences_train.csv" in json.loads(out.read_text(encoding="utf-8"))["failed"]["packed"]
 
 

@@ -51,9 +51,12 @@ def on_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
         assert process.stdout is not None
-        for line in process.stdout:  # reading blocks until the server says that it is up
+        # Reading blocks until the server has said both that it is up and that it listens.
+        unsaid = {"Application startup complete", "Uvicorn running on"}
+        for line in process.stdout:
             log.write(line)
-            if "Application startup complete" in line:
+            unsaid = {words for words in unsaid if words not in line}
+            if not unsaid:
                 break
         else:
             pytest.fail(f"the MLflow server ended:\n{(folder / 'log').read_text()}")
