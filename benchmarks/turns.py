@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resumption import Earlier, OtherWorkError, earlier
+
 from lorasweep.tracking.environment import describe
 
 _RESULTS = Path(__file__).parent / "results"
 _SAID = ("OMP_NUM_THREADS", "LORASWEEP_KERNELS")
-# What may change between the turns of one result, and is noted for each.
-_PASSING = ("git_commit", "git_dirty", "load_average")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def command_line(
         description=description,
         epilog=f"contenders:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "contenders", nargs="*", help=f"by name ({', '.join(default)})", metavar="CONTENDER"
@@ -142,11 +143,11 @@ def run(
         "machine": machine(),
         "work": dict(described),
         "contenders": {each: contenders[each].words for each in arguments.contenders},
+        "repeats": arguments.repeats,
     }
-    taken: Results = {each: [] for each in arguments.contenders}
-    if arguments.resume and out.exists():
-        taken |= _whole_turns(_earlier(out, head), arguments.repeats)
-    failed: dict[str, str] = {}
+    before = _resumed(out, head) if arguments.resume and out.exists() else Earlier({}, {}, None)
+    taken: Results = {each: before.runs.get(each, []) for each in arguments.contenders}
+    failed = before.failed
     summary: dict[str, Any] = {}
     table = "Nothing was measured."
     if measured := {key: runs for key, runs in taken.items() if runs}:
@@ -156,12 +157,13 @@ def run(
             there = any(run["turn"] == turn for run in taken[each])
             if turn >= arguments.repeats[each] or each in failed or there:
                 continue
+            commit = describe(Path(__file__).parent)["git_commit"]
             found = _in_a_process(each, turn, contenders[each].environment, also)
             if "failed" in found:
                 failed[each] = found["failed"]
                 print(f"{each} failed:\n{found['failed']}", file=sys.stderr)
             else:
-                taken[each].append(found)
+                taken[each].append({"git_commit": commit, **found})
                 print(f"{each}, turn {turn + 1}: {found['seconds']:.1f} s", file=sys.stderr)
             if measured := {key: runs for key, runs in taken.items() if runs}:
                 summary, table = summarise(measured)
@@ -211,12 +213,9 @@ def _measure(contender: Contender, work: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     import torch
 
-    described = describe(Path(__file__).parent)
     return {
         "turn": work.turn,
         "seconds": seconds,
-        "git_commit": described["git_commit"],
-        "git_dirty": described["git_dirty"],
         "torch_threads": torch.get_num_threads(),
         "load_average_before": load,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -224,36 +223,26 @@ def _measure(contender: Contender, work: Any) -> dict[str, Any]:
     }
 
 
-def _earlier(path: Path, head: Mapping[str, Any]) -> Results:
-    """Return what was measured before, if it is the same work on the same machine."""
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _resumed(path: Path, head: Mapping[str, Any]) -> Earlier:
+    """Read what was measured before, and say what becomes of it."""
     now = json.loads(json.dumps(head, default=str))
-    parts = ("work", "contenders", "machine")
-    if unlike := [name for part in parts for name in _unlike(before, now, part)]:
+    try:
+        before = earlier(json.loads(path.read_text(encoding="utf-8")), now)
+    except OtherWorkError as error:
         print(
-            f"--resume: {path} was measured with another {', '.join(unlike)}. "
+            f"--resume: {path} was measured with another {error}. "
             "Give another file with --out, or leave out --resume to begin anew.",
             file=sys.stderr,
         )
         sys.exit(2)
-    found: Results = before["runs"]
-    return found
-
-
-def _whole_turns(taken: Results, repeats: Mapping[str, int]) -> Results:
-    """Keep the turns that nobody who should take part in them has missed."""
-    turns = {name: {run["turn"] for run in runs} for name, runs in taken.items()}
-    whole = {
-        turn
-        for turn in set().union(*turns.values())
-        if all(turn in turns[name] or turn >= repeats[name] for name in repeats)
-    }
-    return {name: [run for run in runs if run["turn"] in whole] for name, runs in taken.items()}
-
-
-def _unlike(before: Mapping[str, Any], now: Mapping[str, Any], part: str) -> list[str]:
-    names = (before[part].keys() | now[part].keys()) - set(_PASSING)
-    return sorted(name for name in names if before[part].get(name) != now[part].get(name))
+    if before.cut is not None:
+        print(f"Turn {before.cut + 1} was cut off: it is measured again.", file=sys.stderr)
+    for name in before.failed:
+        print(f"{name} failed before and is left out.", file=sys.stderr)
+    commits = {run["git_commit"] for runs in before.runs.values() for run in runs}
+    if commits - {head["machine"]["git_commit"]}:
+        print("Earlier turns are of other commits; each run says which.", file=sys.stderr)
+    return before
 
 
 def _in_a_process(

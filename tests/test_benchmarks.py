@@ -67,43 +67,91 @@ def test_makespan_writes_times_scores_and_machine(sentences: Path, tmp_path: Pat
     assert found["work"]["points"][1] == {"learning_rate": 2e-4, "rank": 8, "epochs": 1}
 
 
-def test_only_missing_turns_are_measured_and_cut_ones_again(
-    sentences: Path, tmp_path: Path
-) -> None:
+def test_only_missing_turns_are_measured(sentences: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    work = ("packed", "trainer engine", "--trials", "1", "--train-rows", "16", "--epochs", "1")
+    work = ("packed", "--trials", "1", "--train-rows", "16", "--epochs", "1")
     cut = (*work, "--out", str(out), "--repeats")
     run("makespan", *cut, "1", data=sentences)
     first = json.loads(out.read_text(encoding="utf-8"))
-    # As if it had been cut off after one of the second turn's two contenders.
-    late = {**first["runs"]["packed"][0], "turn": 1, "seconds": 1e6}
-    first["runs"]["packed"].append(late)
-    out.write_text(json.dumps(first), encoding="utf-8")
     run("makespan", *cut, "2", "--resume", data=sentences)
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert found["runs"]["trainer engine"][0] == first["runs"]["trainer engine"][0]
-    kept, again = found["runs"]["packed"]
+    kept, new = found["runs"]["packed"]
     assert kept == first["runs"]["packed"][0]
-    assert again["turn"] == 1
-    assert again["seconds"] < 1e6
-    assert found["command"] == shlex.join(
-        ["python", "benchmarks/makespan.py", *work, "--repeats", "2"]
-    )
-    # Nothing is missing: it is told again, and stays as it is.
-    table = run("makespan", *cut, "2", "--resume", data=sentences)
-    assert "trainer engine" in table
+    assert new["turn"] == 1
+    assert new["git_commit"] == found["machine"]["git_commit"]
+    words = ["python", "benchmarks/makespan.py", *work, "--repeats", "2"]
+    assert found["command"] == shlex.join(words)
+    # Nothing is missing: it is told again, and stays as it is. Other work is refused.
+    assert "packed" in run("makespan", *cut, "2", "--resume", data=sentences)
+    run("makespan", *cut, "2", "--resume", "--lanes", "1", data=sentences, exit_code=2)
     assert json.loads(out.read_text(encoding="utf-8")) == found
 
 
-def test_turns_of_other_work_are_not_mixed(sentences: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results.json"
-    cut = ("--trials", "1", "--train-rows", "16", "--repeats", "1", "--out", str(out))
-    run("makespan", "packed", *cut, "--epochs", "1", data=sentences)
-    before = out.read_bytes()
-    others = ("packed", "trainer engine", *cut, "--epochs", "2", "--resume")
-    said = run("makespan", *others, data=sentences, exit_code=2)
-    assert f"--resume: {out} was measured with another epochs, points, trainer engine." in said
-    assert out.read_bytes() == before
+def results_of(turns: dict[str, list[int]], **more: object) -> dict[str, object]:
+    """A file of results: of each contender, the turns that it has taken part in."""
+    return {
+        "benchmark": "makespan",
+        "work": {"trials": 2},
+        "contenders": dict.fromkeys(turns, "words"),
+        "machine": {"cores": 2, "git_commit": "abc", "load_average": [1.0]},
+        "repeats": {"ours": 3, "theirs": 3, "slow": 1},
+        "runs": {name: [{"turn": turn} for turn in each] for name, each in turns.items()},
+        "failed": {},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("there", "more", "kept", "cut"),
+    [
+        ({"ours": [0, 1], "theirs": [0, 1], "slow": [0]}, {}, [2, 2, 1], None),
+        ({"ours": [0, 1], "theirs": [0], "slow": [0]}, {}, [1, 1, 1], 1),
+        ({"ours": [0], "theirs": [0], "slow": []}, {}, [0, 0, 0], 0),
+        ({"ours": [0, 1], "theirs": [], "slow": [0]}, {"failed": {"theirs": "?"}}, [2, 0, 1], None),
+        ({"ours": [], "theirs": [], "slow": []}, {}, [0, 0, 0], None),
+    ],
+)
+def test_whole_turns_are_kept_and_a_cut_one_is_not(there, more, kept, cut, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    resumption = importlib.import_module("resumption")
+    before = results_of(there, **more)
+    found = resumption.earlier(before, before)
+    assert [len(runs) for runs in found.runs.values()] == kept
+    assert found.cut == cut
+    assert found.failed == more.get("failed", {})
+    assert all(one["git_commit"] == "abc" for runs in found.runs.values() for one in runs)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"benchmark": "peak"}, "benchmark"),
+        ({"work": {"trials": 3}}, "trials"),
+        ({"contenders": {"ours": "words"}}, "slow, theirs"),
+        ({"machine": {"cores": 4}}, "cores"),
+        # Its second turn would be of another hour than theirs.
+        ({"repeats": {"ours": 3, "theirs": 3, "slow": 2}}, "--repeats of slow"),
+        # A turn that both have had part in would stand there without one of them.
+        ({"repeats": {"ours": 3, "theirs": 1, "slow": 1}}, "--repeats of theirs"),
+    ],
+)
+def test_turns_of_something_else_are_not_mixed(more, said, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    resumption = importlib.import_module("resumption")
+    before = results_of({"ours": [0, 1], "theirs": [0, 1], "slow": [0]})
+    assert (
+        resumption.earlier(
+            before,
+            results_of(
+                {},
+                **{**before, "machine": {"cores": 2, "git_commit": "def", "load_average": [0.0]}},
+            ),
+        ).cut
+        is None
+    )
+    assert resumption.earlier(before, {**before, "repeats": {"ours": 9, "theirs": 9, "slow": 1}})
+    with pytest.raises(resumption.OtherWorkError, match=f"^{said}$"):
+        resumption.earlier(before, {**before, **more})
 
 
 def test_peak_relates_the_packs_arithmetic_to_torchs_products(
