@@ -70,7 +70,7 @@ def inputs(first_only: bool, width: int, dtype: torch.dtype) -> list[torch.Tenso
 def vectors(request, monkeypatch):
     """Attention by vectors of either width: sixteen numbers need AVX-512."""
     if request.param == "eight numbers wide":
-        flags = (*kernel_build._FLAGS, "-march=x86-64-v3")
+        flags = (*kernel_build._FLAGS, "-mno-avx512f")
         monkeypatch.setattr(kernel_build, "_FLAGS", flags)
         narrow = Kernels(built_kernels())
         monkeypatch.setattr(packed_attention, "kernels_for", lambda _: narrow)
@@ -97,20 +97,62 @@ def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, windo
 
 
 @pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("poisoned", ["query", "key", "value", "upstream"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_nan_stays_in_its_row(poison):
-    given = inputs(False, 8, torch.float32)
-    clean = CompiledAttention.apply(*given, 0.5, places(False), None, None)
-    with torch.no_grad():
-        given[1][10] = poison  # in the third row, tokens 8 to 33
-    found = CompiledAttention.apply(*given, 0.5, places(False), None, None)
-    gradients = torch.autograd.grad(found, given, torch.ones_like(found))
+def test_a_nan_stays_in_its_row(poison, poisoned, rate, window, dtype, monkeypatch):
+    # One thread uses the same scratch memory for all rows; shorter ones follow the poisoned one.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
+    upstream = torch.randn(TOKENS, 3, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    def found(*, clean: bool) -> list[torch.Tensor]:
+        query, key, value = inputs(False, 8, dtype)
+        arrays = {"query": query, "key": key, "value": value, "upstream": upstream.clone()}
+        if not clean:
+            with torch.no_grad():
+                arrays[poisoned][8:34] = poison  # the third row
+        given = (query, key, value)
+        out = CompiledAttention.apply(*given, 0.5, places(False), dropout, window)
+        return [out, *torch.autograd.grad(out, given, arrays["upstream"])]
+
     outside = torch.ones(TOKENS, dtype=torch.bool)
     outside[8:34] = False
-    assert torch.equal(found[outside], clean[outside])
-    assert found[8:34].isnan().all()
-    for gradient in gradients:
-        assert gradient[outside].isfinite().all()
+    spoiled = found(clean=False)
+    for with_it, without in zip(spoiled, found(clean=True), strict=True):
+        assert torch.equal(with_it[outside], without[outside])
+    assert not all(each[8:34].isfinite().all() for each in spoiled)
+
+
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("window", [None, 3, 2**40])
+def test_scores_that_differ_by_hundreds_are_weighed_as_torch_weighs_them(window):
+    given = inputs(False, 8, torch.float32)
+    with torch.no_grad():
+        given[0][::3] *= 100.0
+        given[1][::5] *= 10.0  # keys that tower over all others, inside a window or outside
+    buckets = make_buckets(LENGTHS, torch.device("cpu"))
+    plain = RowAttention.apply(*given, 0.5, buckets, None, window)
+    compiled = CompiledAttention.apply(*given, 0.5, places(False), None, window)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+    upstream = torch.ones_like(plain)
+    for expected, found in zip(
+        torch.autograd.grad(plain, given, upstream),
+        torch.autograd.grad(compiled, given, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_few_rows_are_shared_out_by_heads(monkeypatch):
+    given = inputs(False, 8, torch.float32)
+    found = []
+    for threads in (1, 64):  # with 64, fewer rows than threads
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(CompiledAttention.apply(*given, 0.5, places(False), None, None))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -174,6 +216,19 @@ def test_without_a_compiler_there_is_a_reason_and_torch_goes_on(
     with caplog.at_level(logging.INFO, logger=kernels.__name__):
         assert said in kernels._loaded.__wrapped__()
     assert said in caplog.text
+
+
+def test_a_compiler_that_fails_is_quoted_with_its_error(tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit\n"
+        "printf 'x.h:1: note: here\\nx.h:2: error: no such word\\n   ^~~~\\n' >&2; exit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KernelBuildError, match=r"failed and said: x\.h:2: error: no such word$"):
+        built_kernels()
 
 
 def test_other_processors_are_not_tried(monkeypatch):

@@ -72,8 +72,9 @@ def _said(words: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelBuildError(f"{words[0]} could not be run: {error}") from error
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing"]
-        raise KernelBuildError(f"{words[0]} failed and said: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or ["nothing"]
+        said = next((line for line in lines if "error:" in line), lines[-1])
+        raise KernelBuildError(f"{words[0]} failed and said: {said}")
     return done.stdout
 
 

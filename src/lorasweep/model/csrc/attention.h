@@ -5,10 +5,10 @@ typedef struct {
   const int64_t *strides; /* between tokens and between heads of query, key, value */
 } NAMED(Asked);
 
-/* Widen (rows, width) of one head to (rows rounded up to `whole`, width rounded up), with zeros
- * where there is no number. The next head's lie behind it and are fetched meanwhile. */
+/* Widen (rows, width) of one head to (rows rounded up to `multiple`, width rounded up), with zeros
+ * where there is no number. The next head's mostly lie behind it: they are fetched meanwhile. */
 INLINE void NAMED(take)(float *restrict to, const SCALAR *restrict from, int64_t rows,
-                        int64_t whole, int64_t row_stride, int64_t width, int64_t wide) {
+                        int64_t multiple, int64_t row_stride, int64_t width, int64_t wide) {
   for (int64_t j = 0; j < rows; j++)
     for (int64_t d = 0; d < wide; d += LANES) {
       const SCALAR *at = from + j * row_stride + d;
@@ -17,7 +17,7 @@ INLINE void NAMED(take)(float *restrict to, const SCALAR *restrict from, int64_t
       if (d + LANES > width) at = memcpy(some, at, (size_t)(width - d) * sizeof(SCALAR));
       *vector(to + j * wide + d) = NAMED(load)(at);
     }
-  int64_t missing = rounded_up(rows, whole) - rows;
+  int64_t missing = rounded_up(rows, multiple) - rows;
   memset(to + rows * wide, 0, (size_t)(missing * wide) * 4);
 }
 
@@ -58,12 +58,12 @@ INLINE void NAMED(attend_head)(Scratch *s, SCALAR *out, float *sums, const NAMED
     const SCALAR *query = asked->query + q * strides[0] + head * strides[1];
     NAMED(take)(s->query, query, count, QUERIES, strides[0], width, wide);
     if (how->streams) draw(s->bytes, how, first + i, count, head, keys);
-    times_columns(s->weight, s->query, s->key_columns, keys, wide, width);
+    times_columns(s->score, s->query, s->key_columns, keys, wide, width);
     for (int64_t b = 0; b < count; b++)
       sums[(q + b) * heads + head] =
-          weigh(s->weight + b * keys, s->bytes + b * rounded_up(keys, DRAWN), how, i + b, length,
+          weigh(s->score + b * keys, s->bytes + b * rounded_up(keys, DRAWN), how, i + b, length,
                 keys);
-    weighted_rows(s->out, s->weight, s->value, length, keys, wide);
+    weighted_rows(s->out, s->score, s->value, length, keys, wide);
     NAMED(give)(out + (q * heads + head) * width, s->out, count, heads * width, width, wide);
   }
 }
@@ -91,15 +91,15 @@ INLINE void NAMED(attend_head_backward)(Scratch *s, SCALAR *query_gradient, SCAL
     NAMED(take)(s->query, query, count, QUERIES, strides[0], width, wide);
     NAMED(take)(s->out, grad + at, count, QUERIES, across, width, wide);
     if (how->streams) draw(s->bytes, how, first + i, count, head, keys);
-    times_columns(s->weight, s->query, s->key_columns, keys, wide, width);
+    times_columns(s->score, s->query, s->key_columns, keys, wide, width);
     times_columns(s->gradient, s->out, s->value_columns, keys, wide, width);
     for (int64_t b = 0; b < count; b++)
-      weigh_backward(s->weight + b * keys, s->gradient + b * keys, s->kept + b * keys,
+      weigh_backward(s->score + b * keys, s->gradient + b * keys, s->weight + b * keys,
                      s->bytes + b * rounded_up(keys, DRAWN), how, sums[(q + b) * heads + head],
                      i + b, length, keys);
-    memset(s->gradient + count * keys, 0, (size_t)((QUERIES - count) * keys) * 4);
-    memset(s->kept + count * keys, 0, (size_t)((QUERIES - count) * keys) * 4);
-    add_outer(s->value_gradient, s->kept, s->out, length, keys, wide);
+    /* Of queries beyond the last, `gradient` is zero as they are, and `weight` is an older one's. */
+    memset(s->weight + count * keys, 0, (size_t)((QUERIES - count) * keys) * 4);
+    add_outer(s->value_gradient, s->weight, s->out, length, keys, wide);
     if (key_gradient) add_outer(s->key_gradient, s->gradient, s->query, length, keys, wide);
     weighted_rows(s->out, s->gradient, s->key, length, keys, wide);
     NAMED(give)(query_gradient + at, s->out, count, across, width, wide);

@@ -3,7 +3,7 @@
  * Arrays are padded with zeros to whole vectors, so that nothing is done one by one: what is left
  * over after whole vectors would take longer than all the rest. */
 #define QUERIES 4 /* that share one pass over keys and values */
-#define DRAWN 64  /* random bytes are drawn in multiples of this */
+#define DRAWN 64  /* random bytes are drawn in multiples of this: whole vectors of words */
 
 /* Rows of a batch as attention sees them; all arrays are (rows,). */
 typedef struct {
@@ -28,25 +28,25 @@ typedef struct {
   float *key_columns, *value_columns;                 /* (wide, keys) */
   float *key, *value, *key_gradient, *value_gradient; /* (keys, wide) */
   float *query, *out;                                 /* (QUERIES, wide) */
-  float *weight, *gradient, *kept;                    /* (QUERIES, keys) */
+  float *score, *gradient, *weight;                   /* (QUERIES, keys) */
   uint8_t *bytes;                                     /* (QUERIES, keys rounded up to DRAWN) */
-  void *whole;
+  void *memory;
 } Scratch;
 
 static int scratch_made(Scratch *s, int64_t longest, int64_t width) {
   int64_t keys = rounded_up(longest, LANES), wide = rounded_up(width, LANES);
   int64_t grid = keys * wide, block = QUERIES * wide, row = QUERIES * keys;
   int64_t floats_of_all = rounded_up(6 * grid + 2 * block + 3 * row, 16);
-  s->whole = aligned_alloc(64, (size_t)(floats_of_all * 4 + QUERIES * rounded_up(keys, DRAWN)));
-  if (!s->whole) return 0;
-  float *at = s->whole;
+  s->memory = aligned_alloc(64, (size_t)(floats_of_all * 4 + QUERIES * rounded_up(keys, DRAWN)));
+  if (!s->memory) return 0;
+  float *at = s->memory;
   s->bytes = (uint8_t *)(at + floats_of_all);
   float **grids[] = {&s->key_columns, &s->value_columns, &s->key,
                      &s->value, &s->key_gradient, &s->value_gradient};
   for (int i = 0; i < 6; i++, at += grid) *grids[i] = at;
   float **blocks[] = {&s->query, &s->out};
   for (int i = 0; i < 2; i++, at += block) *blocks[i] = at;
-  float **rows[] = {&s->weight, &s->gradient, &s->kept};
+  float **rows[] = {&s->score, &s->gradient, &s->weight};
   for (int i = 0; i < 3; i++, at += row) *rows[i] = at;
   return 1;
 }
@@ -98,11 +98,13 @@ INLINE void add_outer(float *restrict to, const float *restrict weight, float *r
   }
 }
 
-/* Transpose a square of vectors in place, by exchanging ever smaller blocks. */
+/* Transpose a square of vectors in place: of its four quarters the right upper and the left lower
+ * one change places, then so inside each quarter, down to single numbers. */
 INLINE void transpose_square(floats *row) {
-  const ints at = from(0);
+  const ints at = counting_from(0);
 #pragma GCC unroll 4
   for (int size = LANES / 2; size; size /= 2) {
+    /* Places in a pair of vectors, the second's counted on from LANES. */
     ints right = (at & size) != 0;
     ints upper = (right & (at + LANES - size)) | (~right & at);
     ints lower = (right & (at + LANES)) | (~right & (at + size));
@@ -142,14 +144,15 @@ INLINE floats kept_from(const uint8_t *bytes, const Attending *how, int64_t j) {
   octets byte;
   memcpy(&byte, bytes + j, sizeof byte);
   ints kept = __builtin_convertvector(byte, ints) >= how->rate;
-  return where(kept, all(256.0f / (256.0f - (float)how->rate)), all(0.0f));
+  return where(kept, spread(256.0f / (256.0f - (float)how->rate)), spread(0.0f));
 }
 
 /* Which of the keys from j on query i sees. */
 INLINE ints seen_from(const Attending *how, int64_t i, int64_t j, int64_t length) {
-  ints at = from(j), seen = at < (int32_t)length;
+  ints at = counting_from(j), seen = at < (int32_t)length;
   if (how->window) {
-    int32_t query = (int32_t)i, window = (int32_t)how->window;
+    int32_t query = (int32_t)i;
+    int32_t window = (int32_t)(how->window < length ? how->window : length);
     seen &= (at > query - window) & (at < query + window);
   }
   return seen;
@@ -159,9 +162,9 @@ INLINE ints seen_from(const Attending *how, int64_t i, int64_t j, int64_t length
  * logarithm of softmax's sum. */
 INLINE float weigh(float *restrict score, const uint8_t *bytes, const Attending *how, int64_t i,
                    int64_t length, int64_t keys) {
-  floats most = all(-INFINITY), sum = all(0.0f);
+  floats most = spread(-INFINITY), sum = spread(0.0f);
   for (int64_t j = 0; j < keys; j += LANES) {
-    floats x = where(seen_from(how, i, j, length), *vector(score + j), all(-INFINITY));
+    floats x = where(seen_from(how, i, j, length), *vector(score + j), spread(-INFINITY));
     *vector(score + j) = x;
     most = where(x > most, x, most);
   }
@@ -173,24 +176,24 @@ INLINE float weigh(float *restrict score, const uint8_t *bytes, const Attending 
   }
   float total = sum_of(sum);
   for (int64_t j = 0; j < keys; j += LANES) {
-    floats kept = how->streams ? kept_from(bytes, how, j) : all(1.0f);
+    floats kept = how->streams ? kept_from(bytes, how, j) : spread(1.0f);
     *vector(score + j) *= kept / total;
   }
   return largest * how->scaling + logf(total);
 }
 
-/* From query i's scores, the gradient of its weights, and what weigh returned: its weights
- * (into `kept`) and the gradient of its scores (into `gradient`). */
-INLINE void weigh_backward(float *restrict score, float *restrict gradient, float *restrict kept,
+/* From query i's scores, the gradient of its weights, and what weigh returned: its weights after
+ * dropout (into `weight`) and the gradient of its scores (into `gradient`). */
+INLINE void weigh_backward(float *restrict score, float *restrict gradient, float *restrict weight,
                            const uint8_t *bytes, const Attending *how, float sum, int64_t i,
                            int64_t length, int64_t keys) {
-  floats products = all(0.0f);
+  floats products = spread(0.0f);
   for (int64_t j = 0; j < keys; j += LANES) {
     floats share = exp_of(*vector(score + j) * how->scaling - sum);
-    share = where(seen_from(how, i, j, length), share, all(0.0f));
-    floats scale = how->streams ? kept_from(bytes, how, j) : all(1.0f);
+    share = where(seen_from(how, i, j, length), share, spread(0.0f));
+    floats scale = how->streams ? kept_from(bytes, how, j) : spread(1.0f);
     floats slope = *vector(gradient + j) * scale;
-    *vector(kept + j) = share * scale;
+    *vector(weight + j) = share * scale;
     *vector(score + j) = share;
     *vector(gradient + j) = slope;
     products += share * slope;
@@ -201,20 +204,22 @@ INLINE void weigh_backward(float *restrict score, float *restrict gradient, floa
 }
 
 /* The body of a function that does `head_of` for each row and head, on all threads; it returns
- * 0 when memory ran out. A thread takes all heads of a row, whose numbers lie side by side. */
-#define FOR_EACH_HEAD(head_of, ...)                           \
-  int64_t longest = longest_row(rows), heads = how->heads;    \
-  int failed = 0;                                             \
-  _Pragma("omp parallel num_threads(threads)") {              \
-    Scratch s;                                                \
-    int there = scratch_made(&s, longest, how->width);        \
-    if (!there) {                                             \
-      _Pragma("omp atomic write") failed = 1;                 \
-    }                                                         \
-    _Pragma("omp for schedule(dynamic, heads) collapse(2)")   \
-    for (int64_t r = 0; r < rows->rows; r++)                  \
-      for (int64_t h = 0; h < heads; h++)                     \
-        if (there) head_of(&s, __VA_ARGS__, rows, how, r, h); \
-    if (there) free(s.whole);                                 \
-  }                                                           \
+ * 0 when memory ran out. Where there are enough rows, a thread takes all heads of a row, whose
+ * numbers lie side by side. */
+#define FOR_EACH_HEAD(head_of, ...)                               \
+  int64_t longest = longest_row(rows), heads = how->heads;        \
+  int64_t together = rows->rows >= 4 * threads ? heads : 1;       \
+  int failed = 0;                                                 \
+  _Pragma("omp parallel num_threads(threads)") {                  \
+    Scratch s;                                                    \
+    int there = scratch_made(&s, longest, how->width);            \
+    if (!there) {                                                 \
+      _Pragma("omp atomic write") failed = 1;                     \
+    }                                                             \
+    _Pragma("omp for schedule(dynamic, together) collapse(2)")    \
+    for (int64_t r = 0; r < rows->rows; r++)                      \
+      for (int64_t h = 0; h < heads; h++)                         \
+        if (there) head_of(&s, __VA_ARGS__, rows, how, r, h);     \
+    if (there) free(s.memory);                                    \
+  }                                                               \
   return !failed;

@@ -7,7 +7,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define WEYL 0x9E3779B97F4A7C15ull
 
-/* Numbers in a vector: as many floats as the machine's registers hold. */
+/* Floats in a vector: as many as a register holds, on any machine that has AVX. */
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -15,7 +15,7 @@
 #endif
 
 typedef uint16_t bf16;
-typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float floats __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -41,10 +41,10 @@ static inline bf16 narrow_bf16(float x) {
 /* Memory aligned to vectors, as a vector. */
 INLINE floats *vector(float *at) { return (floats *)at; }
 
-INLINE floats all(float x) { return x - (floats){0}; }
+INLINE floats spread(float x) { return x - (floats){0}; }
 
 /* first, first + 1, ... */
-INLINE ints from(int64_t first) {
+INLINE ints counting_from(int64_t first) {
   ints at = {0};
   for (int l = 0; l < LANES; l++) at[l] = l;
   return at + (int32_t)first;
@@ -56,19 +56,19 @@ INLINE floats where(ints mask, floats a, floats b) {
 }
 
 /* Each number replaced by the one `by` places further, round and round. */
-INLINE floats turned(floats x, int by) {
-  return __builtin_shuffle(x, (from(0) + by) & (LANES - 1));
+INLINE floats rotated(floats x, int by) {
+  return __builtin_shuffle(x, (counting_from(0) + by) & (LANES - 1));
 }
 
 INLINE float sum_of(floats x) {
 #pragma GCC unroll 4
-  for (int by = LANES / 2; by; by /= 2) x += turned(x, by);
+  for (int by = LANES / 2; by; by /= 2) x += rotated(x, by);
   return x[0];
 }
 
 INLINE float largest_of(floats x) {
 #pragma GCC unroll 4
-  for (int by = LANES / 2; by; by /= 2) x = where(turned(x, by) > x, turned(x, by), x);
+  for (int by = LANES / 2; by; by /= 2) x = where(rotated(x, by) > x, rotated(x, by), x);
   return x[0];
 }
 
@@ -96,12 +96,12 @@ INLINE void store_bf16(bf16 *at, floats x) {
 }
 
 /* exp of numbers up to 80, with an error of about one unit in the last place; 0 below float's
- * range; a NaN stays one. */
+ * range; a NaN stays one. Beyond 80 it is any number: of keys that a query doesn't see. */
 INLINE floats exp_of(floats x) {
-  const float whole = 12582912.0f; /* 1.5 * 2^23: a sum with it has no fraction */
+  const float rounder = 12582912.0f; /* 1.5 * 2^23: a sum with it has no fraction */
   ints tiny = x < -87.0f;
-  floats low = where(tiny, all(-87.0f), x);
-  floats n = (low * 1.44269504f + whole) - whole;
+  floats low = where(tiny, spread(-87.0f), x);
+  floats n = (low * 1.44269504f + rounder) - rounder;
   floats r = low - n * 0.693359375f + n * 2.12194440e-4f;
   floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -110,7 +110,7 @@ INLINE floats exp_of(floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-  return where(tiny, all(0.0f), p * (floats)power);
+  return where(tiny, spread(0.0f), p * (floats)power);
 }
 
 /* SplitMix64's finaliser, as in packed_dropout.py. */
