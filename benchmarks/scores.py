@@ -16,6 +16,9 @@ def summary(taken: Results, contenders: Mapping[str, Contender]) -> tuple[dict[s
     The noise of seeds is the standard deviation of one point's score over turns, which differ
     in nothing but seeds, pooled over points and contenders. A mean over n trials in k turns is
     then uncertain by ``noise / sqrt(n k)``.
+
+    Differences are of the same trial in the same turn, so that points and the cut of the data
+    don't add to their noise, which is that of the differences themselves.
     """
     times = ratios(taken, contenders)
     noise, freedom = seed_noise(taken, contenders)
@@ -35,15 +38,11 @@ def summary(taken: Results, contenders: Mapping[str, Contender]) -> tuple[dict[s
         found["comparable"] = contenders[name].comparable
         words = ""
         if against is not runs and contenders[name].comparable:
-            other = _score(against, noise)
-            found["difference"] = found["mean"] - other["mean"]
-            if noise is not None:
-                found["standard_error_of_difference"] = math.hypot(
-                    found["standard_error"], other["standard_error"]
+            found |= _difference(runs, against)
+            if "difference" in found:
+                words = f"{found['difference']:+.4f}" + _error(
+                    found["standard_error_of_difference"]
                 )
-            words = f"{found['difference']:+.4f}" + _error(
-                found.get("standard_error_of_difference")
-            )
         report["mean_best_f1"][name] = found
         ratio = f"{times[name]:.2f}" if name in times else "–"
         score = f"{found['mean']:.4f}" + _error(found.get("standard_error"))
@@ -81,6 +80,26 @@ def _score(runs: list[dict[str, Any]], noise: float | None) -> dict[str, Any]:
     if noise is not None:
         found["standard_error"] = noise / math.sqrt(len(everything))
     return found
+
+
+def _difference(runs: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare the same trials in the turns that both have had part in."""
+    others = {run["turn"]: run["f1"] for run in against}
+    differences = [
+        score - other
+        for run in runs
+        if run["turn"] in others
+        for score, other in zip(run["f1"], others[run["turn"]], strict=True)
+    ]
+    if not differences:
+        return {}
+    several = len(differences) > 1
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if several else None
+    return {
+        "difference": statistics.mean(differences),
+        "standard_error_of_difference": error,
+        "pairs": len(differences),
+    }
 
 
 def _median(runs: list[dict[str, Any]]) -> float:

@@ -201,8 +201,10 @@ def test_scores_are_told_with_the_noise_of_seeds(monkeypatch: pytest.MonkeyPatch
     # Variances over turns are 0.0002 and 0, of one degree of freedom each.
     assert noise["standard_deviation_of_a_trial"] == pytest.approx(0.01)
     theirs = report["mean_best_f1"]["theirs"]
-    assert theirs["difference"] == pytest.approx(0.71 - 0.705)
-    assert theirs["standard_error_of_difference"] == pytest.approx(0.01 * (1 / 4 + 1 / 2) ** 0.5)
+    # Of the same trials in the turn that both had part in: +0.01 and -0.01.
+    assert theirs["difference"] == pytest.approx(0.0)
+    assert theirs["standard_error_of_difference"] == pytest.approx(0.01)
+    assert theirs["pairs"] == 2
     assert "difference" not in report["mean_best_f1"]["padded"]
     assert "time only" in table
 
