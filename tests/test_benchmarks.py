@@ -25,7 +25,7 @@ def run(script: str, *words: str, data: Path | None = None, exit_code: int = 0) 
         timeout=300,
     )
     assert done.returncode == exit_code, done.stderr
-    return done.stdout + done.stderr
+    return done.stderr if exit_code else done.stdout
 
 
 @pytest.fixture
@@ -83,7 +83,9 @@ def test_only_missing_turns_are_measured(sentences: Path, tmp_path: Path) -> Non
     assert found["command"] == shlex.join(words)
     # Nothing is missing: it is told again, and stays as it is. Other work is refused.
     assert "packed" in run("makespan", *cut, "2", "--resume", data=sentences)
-    run("makespan", *cut, "2", "--resume", "--lanes", "1", data=sentences, exit_code=2)
+    refused = ("2", "--resume", "--lanes", "1")
+    said = run("makespan", *cut, *refused, data=sentences, exit_code=2)
+    assert f"--resume: {out} was measured with another lanes." in said
     assert json.loads(out.read_text(encoding="utf-8")) == found
 
 

@@ -10,7 +10,8 @@ import math
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -46,25 +47,31 @@ def on_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
     words += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
-        )
-        assert process.stdout is not None
-        # Reading blocks until the server has said both that it is up and that it listens.
+    log: list[str] = []
+    up = threading.Event()
+
+    def listen(lines: Iterable[str]) -> None:
+        """Note what it says, so that no full pipe stalls it; up once it has said both."""
         unsaid = {"Application startup complete", "Uvicorn running on"}
-        for line in process.stdout:
-            log.write(line)
-            unsaid = {words for words in unsaid if words not in line}
+        for line in lines:
+            log.append(line)
+            unsaid = {part for part in unsaid if part not in line}
             if not unsaid:
-                break
-        else:
-            pytest.fail(f"the MLflow server ended:\n{(folder / 'log').read_text()}")
+                up.set()
+
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    ) as process:
+        assert process.stdout is not None
+        listener = threading.Thread(target=listen, args=(process.stdout,))
+        listener.start()
         try:
+            if not up.wait(timeout=120):
+                pytest.fail(f"the MLflow server didn't come up:\n{''.join(log)}")
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            listener.join(timeout=60)
 
 
 OPENERS = ["on_sqlite", "on_server"]
