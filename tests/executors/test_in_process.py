@@ -7,12 +7,14 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
 
 from lorasweep import load_spec
 from lorasweep.core.errors import ConflictError, ModelError, StorageError
 from lorasweep.core.paths import sweep_paths
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.executors import in_process
 from lorasweep.executors.in_process import choose_engine, open_sweep, useful_lanes
 from lorasweep.sweep.prepare import check_storage, prepare
 
@@ -86,6 +88,16 @@ def prepared(spec_file, *overrides):
     return prepare(spec, paths, lambda event: None)
 
 
+@pytest.fixture
+def choose_on(monkeypatch):
+    """``choose_on("cuda")``: have the choice see that device; engines run where they can."""
+
+    def make(device):
+        monkeypatch.setattr(in_process, "pick_device", lambda name: torch.device(device))
+
+    return make
+
+
 def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     engine, why = choose_engine(prepared(small_sweep, "engine=trainer"))
     assert (type(engine), why) == (TrainerEngine, "trainer")
@@ -96,7 +108,10 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     assert engine.use.bytes_per_lane > 10_000
 
 
-def test_auto_is_the_default_and_says_why_it_trains_one_by_one(small_sweep, tiny_base_folder):
+def test_auto_is_the_default_and_says_why_it_trains_one_by_one(
+    small_sweep, tiny_base_folder, choose_on
+):
+    choose_on("cpu")
     for overrides, reason in (
         (["search.trials=1"], "trainer (there is only one trial)"),
         (["lanes=1", "search.trials=30"], "trainer (the spec says lanes: 1)"),
@@ -112,6 +127,18 @@ def test_auto_is_the_default_and_says_why_it_trains_one_by_one(small_sweep, tiny
         choose_engine(prepared(small_sweep, "engine=packed", xlnet))
 
 
+def test_auto_does_not_pack_where_nobody_has_proven_it(small_sweep, choose_on):
+    choose_on("cuda:0")
+    engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))
+    assert type(engine) is TrainerEngine
+    assert why == (
+        "trainer (the packed engine has not been proven on a GPU yet; engine: packed tries it)"
+    )
+    # What was asked for is done there, too; and a pack of one would be no use anywhere.
+    assert type(choose_engine(prepared(small_sweep, "engine=packed"))[0]) is PackedEngine
+    assert choose_engine(prepared(small_sweep))[1].startswith("trainer (3 trials are too few")
+
+
 @pytest.mark.parametrize(
     ("overrides", "lanes"),
     [
@@ -125,7 +152,8 @@ def test_a_sampler_that_learns_is_left_something_to_learn(small_sweep, overrides
     assert useful_lanes(load_spec(small_sweep, overrides)) == lanes
 
 
-def test_auto_lanes_keep_to_that(small_sweep):
+def test_auto_lanes_keep_to_that(small_sweep, choose_on):
+    choose_on("cpu")
     engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))  # auto is the default
     assert type(engine) is PackedEngine
     assert why.startswith("packed, 2 lanes, about ")

@@ -22,8 +22,9 @@ class EngineUse:
         lane_steps: Optimizer steps of all trials together.
         empty_places: Sum over pack steps of the places that stood empty while trials remained.
         tokens: Real tokens of training and evaluation.
-        computed_tokens: Tokens that attention computed for them, its padding included; nothing
-            else in a pack computes any padding.
+        computed_tokens: Tokens computed for them: with filling tokens, or where there are none
+            (without compiled kernels) with attention's padding. Not counted is what pads LoRA's
+            narrow products to the longest lane where torch has no grouped kernel for them.
     """
 
     engine: str
@@ -53,7 +54,7 @@ class EngineUse:
 
     @property
     def real_share(self) -> float | None:
-        """Share of real tokens among those that attention computed, 0 to 1."""
+        """Share of real tokens among those that were computed, 0 to 1."""
         if not self.computed_tokens or self.tokens is None:
             return None
         return self.tokens / self.computed_tokens

@@ -123,7 +123,7 @@ class PackUse:
         steps: Pack steps; each is one optimizer step of every lane in it.
         lane_steps: Optimizer steps of all trials.
         tokens: Real tokens of training and evaluation.
-        attended: Tokens that attention computed for them, its padding included.
+        attended: Tokens computed for them, filling tokens and attention's padding included.
         halved: Times that memory ran out and the lanes were halved.
         bytes_per_lane: What one more lane takes at its longest batch; None until measured.
         idle_places: Sum over pack steps of places without a lane while plans remained.

@@ -2,7 +2,8 @@
 
 Below the first layer that any lane adapts, nothing of a trial has any influence. Where the
 base's own dropout is off (always so when evaluating), a row's hidden states down there never
-change, so they are computed once for each split and looked up from then on.
+change, so they are computed once for each split and looked up from then on. Only embeddings
+are computed in every pass all the same.
 """
 
 from __future__ import annotations

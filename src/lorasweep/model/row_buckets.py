@@ -6,7 +6,7 @@ repeats its own first token, masked out, so a NaN can't travel.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,9 +156,3 @@ def bucket_bounds(lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
         places, tokens = grown, real
     bounds.append((first, len(lengths)))
     return bounds
-
-
-def attention_places(lengths: Sequence[int] | NDArray[np.int64]) -> int:
-    """Count the tokens attention computes for rows of these lengths, padding included."""
-    ordered = np.sort(np.asarray(lengths, dtype=np.int64))[::-1]
-    return sum((last - first) * int(ordered[first]) for first, last in bucket_bounds(ordered))

@@ -300,7 +300,7 @@ class Spec(Frozen):
             the folder.
         seed: Root of every seed in the sweep.
         engine: ``trainer`` trains one trial after another, ``packed`` many at once on one
-            base; ``auto`` takes the packed one where it can carry the base.
+            base; ``auto`` takes the packed one on a CPU, where it can carry the base.
         lanes: Trials that the packed engine trains at once; ``auto`` measures a step and
             takes as many as memory allows, and as leave the sampler something to learn.
         baselines: References that the report compares the winner with.
