@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.plans import AdapterPlan, EngineSettings
+from lorasweep.core.plans import AdapterPlan, EngineSettings, LargestTrial
 from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
 from lorasweep.engines.packed import PackedEngine
@@ -32,7 +33,8 @@ def make_engine(open_tiny, splits):
 
 
 def bytes_of(engine: PackedEngine, train: EncodedSplit | None = None) -> int | None:
-    return lane_bytes(engine.model, engine.base, train or engine.train, engine.device)
+    largest = engine.settings.largest
+    return lane_bytes(engine.model, engine.base, train or engine.train, engine.device, largest)
 
 
 def test_a_lane_is_measured_the_same_whether_lanes_are_fixed_or_not(make_engine):
@@ -77,6 +79,45 @@ def test_longer_rows_take_more(make_engine, splits):
         labels=train.labels[longest],
     )
     assert bytes_of(engine, doubled) > 1.5 * bytes_of(engine)
+
+
+@pytest.fixture
+def bytes_at(open_tiny):
+    """``bytes_at(batch_size, *adapters)``: of 64 rows, all equally long."""
+    train = EncodedSplit(
+        name="even",
+        tokens=np.random.default_rng(0).integers(5, 90, 64 * 30).astype(np.int32),
+        offsets=np.arange(0, 64 * 30 + 1, 30),
+        labels=np.arange(64) % 2,
+    )
+
+    def measure(batch_size: int, *adapters: AdapterPlan) -> int:
+        largest = LargestTrial(batch_size, adapters or LargestTrial().adapters)
+        settings = replace(SETTINGS, largest=largest)
+        engine = PackedEngine(open_tiny("bert"), train, train, settings, "auto")
+        assert engine.capacity > 1
+        return engine.use.bytes_per_lane
+
+    return measure
+
+
+def test_rows_of_a_step_count(bytes_at):
+    assert bytes_at(64) / bytes_at(16) == pytest.approx(4, rel=0.2)
+
+
+def test_ranks_and_targets_count_and_the_widest_is_found_among_many(bytes_at):
+    narrow = AdapterPlan(16, 16.0, 0.1)
+    high = replace(narrow, rank=64)
+    wide = replace(narrow, targets=("all-linear",))
+    shallow = replace(wide, rank=64, top_layers=1)
+    least = bytes_at(16, narrow)
+    assert bytes_at(16, replace(narrow, rank=2)) < least < bytes_at(16, high)
+    assert least < bytes_at(16, wide)
+    # The head is in both plans' lanes, so what is shared counts once.
+    assert bytes_at(16, narrow, high) == bytes_at(16, high)
+    assert bytes_at(16, wide, narrow) == bytes_at(16, wide)
+    # No trial has all of it, and a lane among such trials does.
+    assert bytes_at(16, narrow, shallow) > max(bytes_at(16, high), bytes_at(16, shallow))
 
 
 def test_where_not_even_one_lane_fits_the_need_is_unknown(make_engine, monkeypatch):

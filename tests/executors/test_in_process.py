@@ -12,6 +12,7 @@ import torch
 from lorasweep import load_spec
 from lorasweep.core.errors import ConflictError, ModelError, StorageError
 from lorasweep.core.paths import sweep_paths
+from lorasweep.core.plans import AdapterPlan, LargestTrial
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.executors import in_process
@@ -106,6 +107,24 @@ def test_the_engine_is_the_one_that_the_spec_names(small_sweep):
     # What a lane takes is measured also where the spec says how many there are.
     assert re.fullmatch(r"packed, 3 lanes, about \d+(\.\d)? MiB each", why)
     assert engine.use.bytes_per_lane > 10_000
+
+
+def test_the_engine_knows_the_most_that_the_spec_may_ask_for(small_sweep):
+    ready = prepared(
+        small_sweep,
+        "engine=packed",
+        "lanes=2",
+        "search.space.batch_size={choices: [4, 24]}",
+        "search.space.rank={low: 2, high: 12}",
+        "lora.dropout=0.25",
+        "lora.targets=all-linear",
+    )
+    engine, _ = choose_engine(ready)
+    most = AdapterPlan(12, 12.0, 0.25, ("all-linear",))
+    assert engine.settings.largest == LargestTrial(24, (most,))
+    taken = engine.use.bytes_per_lane
+    # It is measured with them, not only told.
+    assert taken > choose_engine(prepared(small_sweep, "engine=packed"))[0].use.bytes_per_lane
 
 
 def test_auto_is_the_default_and_says_why_it_trains_one_by_one(

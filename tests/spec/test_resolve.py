@@ -1,7 +1,9 @@
 from pathlib import Path
 
-from lorasweep.core.plans import AdapterPlan
-from lorasweep.spec.resolve import adapters_in, fingerprint, identity, plan_trial
+import pytest
+
+from lorasweep.core.plans import AdapterPlan, LargestTrial
+from lorasweep.spec.resolve import adapters_in, fingerprint, identity, largest_trial, plan_trial
 from lorasweep.spec.schema import Spec
 
 
@@ -47,6 +49,63 @@ def test_every_combination_of_targets_is_known_before_training():
     points = {"sampler": {"kind": "points", "points": [{"targets": "all-linear"}, {"rank": 2}]}}
     found = adapters_in(spec(search=points))
     assert {plan.targets for plan in found} == {("all-linear",), ("query",)}
+
+
+@pytest.mark.parametrize(
+    ("search", "largest"),
+    [
+        (  # lora and training say the rest
+            {"space": {"epochs": {"low": 1, "high": 2}}},
+            LargestTrial(16, (AdapterPlan(4, 4.0, 0.2, ("query",)),)),
+        ),
+        (
+            {
+                "space": {
+                    "batch_size": {"low": 8, "high": 64, "step": 8},
+                    "rank": {"low": 2, "high": 32, "log": True},
+                    "dropout": {"low": 0.0, "high": 0.5},
+                    "top_layers": {"low": 1, "high": 2},
+                }
+            },
+            LargestTrial(
+                64,
+                (
+                    AdapterPlan(32, 32.0, 0.5, ("query",), 1),
+                    AdapterPlan(32, 32.0, 0.5, ("query",), 2),
+                ),
+            ),
+        ),
+        (
+            {
+                "space": {
+                    "batch_size": {"choices": [16, 32, 8]},
+                    "rank": {"choices": [64, 2]},
+                    "dropout": {"choices": [0.0, 0.1]},
+                    "targets": {"choices": ["auto", "all-linear"]},
+                }
+            },
+            LargestTrial(
+                32,
+                (
+                    AdapterPlan(64, 64.0, 0.1, ("all-linear",)),
+                    AdapterPlan(64, 64.0, 0.1, ("auto",)),
+                ),
+            ),
+        ),
+        (  # of points each key by itself, also where most keep the fixed value
+            {
+                "sampler": {
+                    "kind": "points",
+                    "points": [{"batch_size": 48, "rank": 2}, {"batch_size": 8, "dropout": 0.0}],
+                }
+            },
+            LargestTrial(48, (AdapterPlan(4, 4.0, 0.2, ("query",)),)),
+        ),
+    ],
+    ids=["fixed", "ranges", "lists", "points"],
+)
+def test_the_most_that_a_trial_may_ask_for(search, largest):
+    assert largest_trial(spec(search=search)) == largest
 
 
 def test_identity_ignores_what_changes_no_result():

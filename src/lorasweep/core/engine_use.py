@@ -16,8 +16,9 @@ class EngineUse:
         trials: Trials that the command began.
         lanes: Trials that it had room for at the same time, at the end of the command.
         halvings: Times that memory ran out and the lanes were halved.
-        bytes_per_lane: Memory that one more lane takes at the longest rows, at batch 16 and rank
-            16, with its weights and moments. Counted on a CPU, measured on CUDA.
+        bytes_per_lane: Memory that one more lane takes, with its weights and moments, at the
+            longest rows, the largest batch and rank, and all modules that a trial of the sweep
+            may adapt. Counted on a CPU, measured on CUDA.
         pack_steps: Steps of the pack, each of them one optimizer step of every lane in it.
         lane_steps: Optimizer steps of all trials together.
         empty_places: Sum over pack steps of the places that stood empty while trials remained.

@@ -93,6 +93,22 @@ class TrialPlan:
         return self.folder / CHECKPOINT
 
 
+@dataclass(frozen=True, slots=True)
+class LargestTrial:
+    """What no trial of a sweep goes beyond; a lane is measured with all of it at once.
+
+    The defaults are for an engine that is given plans without a spec.
+
+    Attributes:
+        batch_size: Rows per optimizer step.
+        adapters: Every way to adapt the base that a trial may be given; of ranks and dropouts
+            the largest counts, of targets and layers all together. Never empty.
+    """
+
+    batch_size: int = 16
+    adapters: tuple[AdapterPlan, ...] = (AdapterPlan(rank=16, alpha=16.0, dropout=0.1),)
+
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -109,6 +125,7 @@ class EngineSettings:
         checkpoint_seconds: Between two checkpoints of a running trial, for engines that write
             any; longer where writing would take more than half a percent of the time. 0 for
             one after every step, whatever it takes.
+        largest: What no trial goes beyond.
     """
 
     precision: Precision = "auto"
@@ -116,6 +133,7 @@ class EngineSettings:
     log_every: int = 10
     device: str = "auto"
     checkpoint_seconds: float = 30.0
+    largest: LargestTrial = LargestTrial()
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class PackUse:
         tokens: Real tokens of training and evaluation.
         attended: Tokens computed for them, filling tokens and attention's padding included.
         halved: Times that memory ran out and the lanes were halved.
-        bytes_per_lane: What one more lane takes at its longest batch; None until measured.
+        bytes_per_lane: What the largest lane of the sweep takes; None until measured.
         idle_places: Sum over pack steps of places without a lane while plans remained.
     """
 

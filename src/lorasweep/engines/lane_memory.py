@@ -1,25 +1,22 @@
-"""What a lane takes of the memory at hand."""
+"""What the largest lane of a sweep takes of the memory at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import Tensor
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.plans import AdapterPlan
+from lorasweep.core.plans import AdapterPlan, LargestTrial
+from lorasweep.engines.host_memory import host_bytes
 from lorasweep.engines.packing import length_batches
-from lorasweep.model.adapter import attach
-from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.adapter import attach, trained_whole
+from lorasweep.model.base import Base, FreshClassifier, fresh_classifier
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
+from lorasweep.model.targets import resolve_targets
 from lorasweep.model.torch_errors import is_out_of_memory
-
-# What a lane is measured with; a larger batch or rank takes more.
-_PROBE_ROWS = 16
-_PROBE_PLAN = AdapterPlan(rank=16, alpha=16.0, dropout=0.1)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -28,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + held)
-    return int(psutil.virtual_memory().available)
+    return host_bytes()
 
 
 def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
@@ -58,22 +55,31 @@ def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def lane_bytes(
-    model: PackedModel, base: Base, train: EncodedSplit, device: torch.device
+    model: PackedModel,
+    base: Base,
+    train: EncodedSplit,
+    device: torch.device,
+    largest: LargestTrial,
 ) -> int | None:
     """Measure what one more lane takes: a step at the longest rows, weights and moments.
+
+    Every lane of a pack has room for each module that any of its lanes adapts, at the largest
+    of their ranks. So the lane measured adapts all that any trial may, at once.
 
     Args:
         model: A pack without lanes; it has none again afterwards.
         base: What it carries.
         train: Where the rows are from.
         device: Where the pack computes.
+        largest: What no trial goes beyond.
 
     Returns:
         Bytes; None where not even one lane fits.
     """
-    probe = attach(fresh_classifier(base, 0), _PROBE_PLAN, 0)
-    model.add_lane(probe, LaneSettings(_PROBE_PLAN.scaling, _PROBE_PLAN.dropout))
-    rows = length_batches(train, _PROBE_ROWS)[0]
+    fresh = fresh_classifier(base, 0)
+    plan = _widest(fresh, largest.adapters)
+    model.add_lane(attach(fresh, plan, 0), LaneSettings(plan.scaling, plan.dropout))
+    rows = length_batches(train, largest.batch_size)[0]
     batch = lay_out(train, [LaneRows(rows)], device, training=True)
 
     def forward() -> Tensor:
@@ -92,3 +98,14 @@ def lane_bytes(
         return None
     finally:
         model.keep_lanes([])
+
+
+def _widest(fresh: FreshClassifier, plans: tuple[AdapterPlan, ...]) -> AdapterPlan:
+    """Make one plan of many: each module that any of them adapts, the largest rank and dropout."""
+    whole = trained_whole(fresh)
+    names = dict.fromkeys(
+        name for plan in plans for name in resolve_targets(fresh.model, plan, whole)
+    )
+    rank = max(plan.rank for plan in plans)
+    dropout = max(plan.dropout for plan in plans)
+    return AdapterPlan(rank=rank, alpha=rank, dropout=dropout, targets=tuple(names))

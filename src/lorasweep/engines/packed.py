@@ -47,7 +47,8 @@ class PackedEngine:
         train: Rows to learn from.
         validation: Rows to score after each epoch.
         settings: What all trials share.
-        lanes: How many trials at once; ``auto`` measures a step and takes what memory allows.
+        lanes: How many trials at once; ``auto`` measures a step of the largest trial that the
+            settings allow for, and takes what memory allows.
         most: With ``auto``, no more than these, whatever the memory; None for no such bound.
 
     Attributes:
@@ -136,10 +137,20 @@ class PackedEngine:
         self.checkpoints.take_up(lane)
         return lane
 
+    def measure_lane(self) -> int | None:
+        """Measure what one more lane takes and note it; a pack without lanes only.
+
+        Returns:
+            Bytes; None where not even one fits.
+        """
+        self.use.bytes_per_lane = lane_bytes(
+            self.model, self.base, self.train, self.device, self.settings.largest
+        )
+        return self.use.bytes_per_lane
+
     def _measured_lanes(self) -> int:
-        """Measure one step of one lane at its longest rows, and see how often that fits."""
-        needed = lane_bytes(self.model, self.base, self.train, self.device)
-        self.use.bytes_per_lane = needed
+        """See how often the largest lane of the sweep fits."""
+        needed = self.measure_lane()
         if needed is None:
             return 1  # whose own step will say what didn't fit
         lanes = lanes_that_fit(free_bytes(self.device), needed, self._most)

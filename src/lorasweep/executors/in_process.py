@@ -17,7 +17,6 @@ from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
 from lorasweep.engines.engine_use import use_of
-from lorasweep.engines.lane_memory import lane_bytes
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.precision import pick_device
@@ -128,12 +127,10 @@ def _pack_in_words(packed: PackedEngine) -> str:
     """``packed, 8 lanes, about 143 MiB each``; measured here where the spec fixes the number."""
     lanes = packed.capacity
     told = f"packed, {lanes} lane{'' if lanes == 1 else 's'}"
-    use = packed.use
-    if use.bytes_per_lane is None:
-        use.bytes_per_lane = lane_bytes(packed.model, packed.base, packed.train, packed.device)
-    if use.bytes_per_lane is None:
+    needed = packed.use.bytes_per_lane or packed.measure_lane()
+    if needed is None:
         return told
-    return f"{told}, about {in_mebibytes(use.bytes_per_lane)} each"
+    return f"{told}, about {in_mebibytes(needed)} each"
 
 
 def _why_not_packed(spec: Spec, most: int, device: str) -> str | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
+from lorasweep.core.plans import AdapterPlan, EngineSettings, LargestTrial, TrialPlan
 from lorasweep.spec.schema import Spec
+from lorasweep.spec.space import Choices
 
 
 def plan_trial(
@@ -73,12 +75,36 @@ def adapters_in(spec: Spec) -> tuple[AdapterPlan, ...]:
     return tuple(AdapterPlan(1, 1.0, targets=names, top_layers=depth) for names, depth in ordered)
 
 
+def largest_trial(spec: Spec) -> LargestTrial:
+    """The most that any trial of the sweep can ask for, key by key."""
+    rank = _largest(spec, "rank", spec.lora.rank)
+    dropout = _largest(spec, "dropout", spec.lora.dropout)
+    return LargestTrial(
+        batch_size=int(_largest(spec, "batch_size", spec.training.batch_size)),
+        adapters=tuple(
+            replace(plan, rank=int(rank), alpha=rank, dropout=dropout) for plan in adapters_in(spec)
+        ),
+    )
+
+
+def _largest(spec: Spec, key: str, fixed: float) -> float:
+    """The largest value of a key with numbers; a range's upper end, though steps may miss it."""
+    dimension: Any = spec.search.space.dimensions.get(key)
+    if isinstance(dimension, Choices):
+        return max(float(value) for value in dimension.choices if isinstance(value, int | float))
+    if dimension is not None:
+        return float(dimension.high)
+    points: tuple[Mapping[str, Any], ...] = spec.search.sampler.points or ({},)
+    return max(float(point.get(key, fixed)) for point in points)
+
+
 def engine_settings(spec: Spec) -> EngineSettings:
     """What all trials of the sweep share."""
     return EngineSettings(
         precision=spec.training.precision,
         eval_batch_size=spec.training.eval_batch_size,
         log_every=spec.training.log_every,
+        largest=largest_trial(spec),
     )
 
 
