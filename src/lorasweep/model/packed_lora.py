@@ -95,6 +95,7 @@ class PackedModel:
         weights: What is trained, of all lanes.
         batch: The batch of the current pass.
         shared: The layers below the first adapted one.
+        passes: How many passes there have been.
     """
 
     batch: PackedBatch
@@ -109,6 +110,7 @@ class PackedModel:
         self.whole = trained_whole(fresh)
         self.model = fresh.model
         check = PackedCheck(fresh, self.whole)
+        self.passes = 0
         self._sides: dict[int, Side] = {}
         self._settings: list[LaneSettings] = []
         self._factors: dict[bool, tuple[Tensor, Tensor | None]] = {}
@@ -197,6 +199,7 @@ class PackedModel:
     def run_base(self, batch: PackedBatch, *, training: bool) -> Tensor:
         """Do a pass from where :attr:`shared` says; :meth:`forward` is what callers want."""
         self.batch = batch
+        self.passes += 1
         self._sides = {}
         self._make_sides(training)
         self.model.train(training)

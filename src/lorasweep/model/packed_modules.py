@@ -121,6 +121,9 @@ class LaneLayerNorm(PackedModule):
 class KeyedDropout(PackedModule):
     """The base's own dropout, from the counter instead of a random state.
 
+    Each call of a pass has masks of its own: the heads of RoBERTa and ELECTRA drop twice through
+    one module.
+
     Attributes:
         p: The rate; attention modules read it.
     """
@@ -128,6 +131,8 @@ class KeyedDropout(PackedModule):
     def __init__(self, pack: PackedModel, name: str, rate: float) -> None:
         super().__init__(pack, name)
         self.p = rate
+        self._keys = [self.pack_key]
+        self._pass, self._calls = 0, 0
 
     def forward(self, x: Tensor, side: Side | None = None) -> Tensor:
         """Drop elements of ``(…, hidden)`` while training; ``side`` as in AdaptableLinear."""
@@ -136,9 +141,18 @@ class KeyedDropout(PackedModule):
         side = side or self.pack.side(x.numel() // x.shape[-1])
         if side.streams is None:
             return x
-        mask = Mask(side.streams, self.pack_key, rate_byte(self.p))
+        mask = Mask(side.streams, self._next_key(), rate_byte(self.p))
         result: Tensor = Dropout.apply(x, mask, kept_scale(self.p))
         return result
+
+    def _next_key(self) -> int:
+        """Return the key of this call's mask: by its number in the pass, whatever was before."""
+        if self._pass != self.pack.passes:
+            self._pass, self._calls = self.pack.passes, 0
+        if self._calls == len(self._keys):
+            self._keys.append(module_key(f"{self.pack_name} {self._calls}"))
+        self._calls += 1
+        return self._keys[self._calls - 1]
 
 
 def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
