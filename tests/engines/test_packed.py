@@ -41,9 +41,15 @@ def split_of(base: Base, rows: int, seed: int) -> EncodedSplit:
 
 
 @pytest.fixture
-def base(tiny_base_folder) -> Base:
+def architecture() -> str:
+    return "bert"
+
+
+@pytest.fixture
+def base(tiny_base_folder, architecture) -> Base:
     """Dropout as the model's own configuration has it: 0.1."""
-    return open_base(ModelSpec(name=str(tiny_base_folder("bert")), max_length=64), ("no", "yes"))
+    folder = tiny_base_folder(architecture)
+    return open_base(ModelSpec(name=str(folder), max_length=64), ("no", "yes"))
 
 
 @pytest.fixture
@@ -136,7 +142,13 @@ def test_pruning_works_among_running_lanes(engine, plan):
     same(run(engine(1), [plan(3)]), recorder, 3, NEIGHBOURS)
 
 
-def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(engine, plan):
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])
+def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(
+    architecture, kernels, engine, plan, monkeypatch
+):
+    if kernels == "torch":
+        monkeypatch.setattr("lorasweep.model.kernels.loaded_kernels", lambda: None)
     bad = plan(1, learning_rate=1e30, max_grad_norm=0.0)
     recorder = run(engine(3), [plan(2), bad, plan(3)])
     failed = [entry for entry in recorder.log if entry[0] == "failed"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorasweep.core.plans import Resumption
+from lorasweep.core.plans import Resumption, TrialPlan
 from lorasweep.engines.lane import Lane
 from lorasweep.model.lane_weights import LaneState
 
@@ -32,6 +32,7 @@ class PackPlaces:
         lanes: Those in the pack, in the order in which their plans came.
         parked: Those outside: memory ran out, or their time has not come.
         clock: Steps of the pack over the whole sweep.
+        held: A plan whose lane found no memory, with its turn: the next one to be built.
         exhausted: No plan is left.
         whole: No lane is half-way from one state to the next.
     """
@@ -40,6 +41,7 @@ class PackPlaces:
         self.lanes: list[Lane] = []
         self.parked: list[Lane] = []
         self.clock = 0
+        self.held: tuple[TrialPlan, int] | None = None
         self.exhausted = False
         self.whole = True
         self._engine = engine
@@ -80,6 +82,8 @@ class PackPlaces:
         """
         if self.exhausted or len(self.everyone) >= self._engine.capacity:
             return False
+        if self.held is not None:
+            return True  # it was asked for when it was its time
         if self._turns < self._resumption.trials or not self.everyone:
             return True
         return self.clock >= self._resumption.clock and not self.due and not self.ended
@@ -96,15 +100,29 @@ class PackPlaces:
         self.parked.append(lane)
 
     def enter(self) -> None:
-        """Let in everyone whose time has come, as far as there is room."""
+        """Let in everyone whose time has come, as far as there is room.
+
+        Where memory runs out, whoever isn't in yet is still outside as before.
+        """
         if not self.lanes and self.parked:
             self.clock = max(self.clock, self._first_time())
-        for lane in [lane for lane in self.parked if lane.clock <= self.clock]:
+        for lane in self._at_the_door:
             if len(self.lanes) < self._engine.capacity:
                 self._enter(lane)
         in_order = sorted(self.lanes, key=lambda lane: lane.turn)
         if in_order != self.lanes:
             self.keep(in_order)
+
+    def turn_away(self) -> Lane:
+        """Take out for good whoever is the next to be let in."""
+        lane = self._at_the_door[0]
+        self.parked.remove(lane)
+        return lane
+
+    @property
+    def _at_the_door(self) -> list[Lane]:
+        """Lanes outside whose time has come."""
+        return [lane for lane in self.parked if lane.clock <= self.clock]
 
     def _first_time(self) -> int:
         """When the pack goes on."""
@@ -117,27 +135,37 @@ class PackPlaces:
     def _enter(self, lane: Lane) -> None:
         model = self._engine.model
         with self.changing():
-            self.parked.remove(lane)
+            # Nothing else changes before there was memory for it.
             if lane.parked is None:
                 model.add_lane(lane.adapter, lane.settings)
             else:
                 model.restore_lane(lane.adapter, lane.settings, lane.parked)
                 lane.parked = None
+            self.parked.remove(lane)
             self.lanes.append(lane)
 
     def keep(self, kept: list[Lane]) -> None:
-        """Keep only these lanes in the pack, in this order."""
+        """Keep only these lanes in the pack, in this order.
+
+        Memory can run out only where the order is another one; then nothing has changed.
+        """
         with self.changing():
             self._engine.model.keep_lanes([self.lanes.index(lane) for lane in kept])
             self.lanes = kept
 
     def park_half(self) -> None:
         """Take the later half of the lanes that go on out as they are."""
-        later = self.going[max(1, len(self.going) // 2) :]
-        for lane in later:
-            lane.parked = self.state_of(lane)
-        self.parked += later
-        self.keep([lane for lane in self.lanes if lane not in later])
+        self.park_all_but(max(1, len(self.going) // 2))
+
+    def park_all_but(self, stay: int) -> None:
+        """Take the lanes that go on out as they are, but for so many; or nobody without memory."""
+        later = self.going[stay:]
+        states = [self.state_of(lane) for lane in later]
+        with self.changing():
+            for lane, state in zip(later, states, strict=True):
+                lane.parked = state
+            self.parked += later
+            self.keep([lane for lane in self.lanes if lane not in later])
 
     def tick(self) -> None:
         """Count a step of all lanes in the pack."""

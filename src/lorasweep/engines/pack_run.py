@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorasweep.core.errors import StorageError
 from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialFacts, TrialState
 from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_adamw import LaneStep
+from lorasweep.engines.lane_build import build_lane
 from lorasweep.engines.lane_checkpoint import discard, tell_again
 from lorasweep.engines.lane_scoring import validation_logits
+from lorasweep.engines.memory_lack import lack_in, let_go, needs_too_much
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
-from lorasweep.model.heap import give_freed_memory_back
 from lorasweep.model.lane_spans import lane_sums
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen
-from lorasweep.model.torch_errors import is_out_of_memory
 from lorasweep.model.transfer import OnItsWay
 
 if TYPE_CHECKING:
@@ -91,7 +88,7 @@ class PackRun:
                     yield from self._fill()
                     if not places.lanes:
                         return
-                if (lack := self._try_to_advance()) is not None:
+                if (lack := self._lack_in(self._advance)) is not None:
                     self._shrink(lack)
         except BaseException:
             self._save_before_stopping()
@@ -100,35 +97,57 @@ class PackRun:
     # -- places ------------------------------------------------------------------------
 
     def _fill(self) -> Iterator[Outcome]:
-        """Give every free place a lane: those outside whose time has come, then the next plans."""
+        """Give every free place a lane: those outside whose time has come, then the next plans.
+
+        As long as one of them finds no memory, nobody else is asked for.
+        """
         places = self.places
-        places.enter()
+        fits = yield from self._let_in()
+        while fits and places.wants_plan:
+            yield from self._take_plans()
+            fits = yield from self._let_in()
+            if places.held is not None and places.lanes:
+                return
+
+    def _let_in(self) -> Generator[Outcome, None, bool]:
+        """Let in everyone whose time has come, and fail who finds no memory even alone.
+
+        Returns:
+            Whether there was memory; if not, who found none waits for fewer lanes.
+        """
+        places = self.places
+        while (lack := self._lack_in(places.enter)) is not None:
+            if places.lanes:
+                self._make_room()
+                return False
+            lane = places.turn_away()
+            if lane.outcome is None:
+                lane.end(TrialState.FAILED, needs_too_much(lane.plan), lack)
+            yield from self._give_out([lane])
+        return True
+
+    def _take_plans(self) -> Iterator[Outcome]:
+        """Build a lane for every free place; where memory runs out, the plan is held for later."""
+        places = self.places
         while places.wants_plan:
-            plan = next(self.plans, None)
-            if plan is None:
-                places.exhausted = True
-                break
-            turn, began = places.take_turn(), time.perf_counter()
-            try:
-                lane = self.engine.build(plan)
-            except StorageError:
-                raise  # the disk concerns all trials
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                yield Outcome(
-                    plan.number,
-                    TrialState.FAILED,
-                    0,
-                    time.perf_counter() - began,
-                    reason,
-                    traceback.format_exc(),
-                    max(plan.begins, places.clock),
-                )
+            if places.held is None:
+                if (plan := next(self.plans, None)) is None:
+                    places.exhausted = True
+                    return
+                places.held = plan, places.take_turn()
+            plan, turn = places.held
+            alone = not places.everyone
+            built = build_lane(self.engine, plan, places.clock, alone=alone)
+            if built is None:
+                self._make_room()
+                return
+            places.held = None
+            if isinstance(built, Outcome):
+                yield built
                 discard(plan.checkpoint)
-                continue
-            lane.turn = turn
-            self._start(lane)
-        places.enter()
+            else:
+                built.turn = turn
+                self._start(built)
 
     def _start(self, lane: Lane) -> None:
         self.places.admit(lane)
@@ -150,52 +169,49 @@ class PackRun:
         if not (ended := places.ended):
             return
         places.keep([lane for lane in places.lanes if lane.outcome is None])
+        yield from self._give_out(ended)
+
+    def _give_out(self, ended: list[Lane]) -> Iterator[Outcome]:
         for lane in ended:
             assert lane.outcome is not None
-            yield dataclasses.replace(lane.outcome, clock=places.clock)
+            yield dataclasses.replace(lane.outcome, clock=self.places.clock)
             discard(lane.plan.checkpoint)  # only now: whoever took the outcome has noted it
 
-    def _try_to_advance(self) -> str | None:
-        """Advance, and return the traceback where memory ran out.
+    # -- memory that ran out -----------------------------------------------------------
 
-        The error holds the frames it went through, and they hold all that the step has computed:
-        only when it is gone there is memory to go on with.
-        """
-        try:
-            self._advance()
-            return None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            trace = "".join(traceback.format_exception(error))
-            traceback.clear_frames(error.__traceback__)
-        self.engine.model.forget_pass()
-        return trace
+    def _lack_in(self, act: Callable[[], None]) -> str | None:
+        """Do something that changes nothing where memory runs out; see :func:`lack_in`."""
+        if (lack := lack_in(act)) is not None:
+            self.places.whole = True
+            let_go(self.engine)
+        return lack
+
+    def _make_room(self) -> None:
+        """Someone who is to come finds no memory: half of the lanes go on, and it waits."""
+        places = self.places
+        let_go(self.engine)
+        self._read_losses()
+        if places.ended:
+            return  # one has just turned out to have failed: perhaps there is room without it
+        self.engine.halve()
+        self._lack_in(lambda: places.park_all_but(self.engine.capacity))
+        _log.warning("out of memory: going on with at most %d lanes", self.engine.capacity)
 
     def _shrink(self, trace: str) -> None:
-        """Memory ran out: park half of the lanes as they are, or fail the only one."""
+        """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
         places = self.places
-        places.whole = True  # an update allocates before it changes anything
-        self.engine.model.weights.drop_gradients()
-        if self.engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            give_freed_memory_back()
         self._read_losses()
         if places.ended and not places.due:
             return  # one has just turned out to have failed: perhaps there is room without it
         if len(going := places.going) > 1:
             self.engine.halve()
-            places.park_half()
-            _log.warning("out of memory: going on with %d lanes", len(places.going))
-            return
-        (lane,) = going
-        lane.end(
-            TrialState.FAILED,
-            f"out of memory at batch size {lane.plan.batch_size} and rank "
-            f"{lane.plan.adapter.rank}; a smaller batch_size or model.max_length needs less",
-            trace,
-        )
+            if self._lack_in(places.park_half) is None:
+                _log.warning("out of memory: going on with %d lanes", len(places.going))
+                return
+        lane = going[-1]  # the only one, or there is no memory to park any in
+        lane.end(TrialState.FAILED, needs_too_much(lane.plan), trace)
+
+    # -- between steps -----------------------------------------------------------------
 
     def _advance(self) -> None:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""

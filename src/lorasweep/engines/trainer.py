@@ -38,6 +38,7 @@ from lorasweep.core.protocols import Reporter
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.order import steps_per_epoch
 from lorasweep.engines.lane_checkpoint import discard
+from lorasweep.engines.memory_lack import needs_too_much
 from lorasweep.engines.trial_trainer import TrialTrainer, TrialWatch
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
@@ -206,8 +207,5 @@ def _own_randomness() -> Iterator[None]:
 
 def _describe(error: Exception, plan: TrialPlan) -> str:
     if is_out_of_memory(error):
-        return (
-            f"out of memory at batch size {plan.batch_size} and rank {plan.adapter.rank}; "
-            "a smaller batch_size or model.max_length needs less"
-        )
+        return needs_too_much(plan)
     return f"{type(error).__name__}: {error}"

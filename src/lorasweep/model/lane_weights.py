@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasweep.model.torch_errors import is_out_of_memory
+
 # Blocks start on multiples of this many numbers: grouped products on CUDA want 16 bytes.
 _ALIGNED = 8
 
@@ -42,12 +44,45 @@ class Block:
         return Block(self.name, shape, self.decays)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each parameter lies in a lane's row.
+
+    Attributes:
+        blocks: Name to block, in the order in which they lie.
+        offsets: Name to the block's first number.
+        width: Numbers a lane, alignment included.
+    """
+
+    blocks: dict[str, Block]
+    offsets: dict[str, int]
+    width: int
+
+    @classmethod
+    def of(cls, owned: Iterable[Mapping[str, Block]]) -> Layout:
+        """Lay out what some lanes own, each block as wide as any of them needs it."""
+        blocks: dict[str, Block] = {}
+        for block in (block for lane in owned for block in lane.values()):
+            known = blocks.get(block.name)
+            blocks[block.name] = block if known is None else known.widened(block)
+        offsets, at = {}, 0
+        for name, block in blocks.items():
+            offsets[name] = at
+            at += -(-block.size // _ALIGNED) * _ALIGNED
+        return cls(blocks, offsets, at)
+
+    def view(self, matrix: Tensor, name: str) -> Tensor:
+        """Return a parameter's part of ``(lanes, width)`` as ``(lanes, *shape)``."""
+        block, offset = self.blocks[name], self.offsets[name]
+        return matrix[:, offset : offset + block.size].unflatten(1, block.shape)
+
+
 @dataclass(slots=True)
 class LaneState:
     """A lane's weights and moments outside the pack, by parameter name, unpadded to no lane.
 
     Attributes:
-        weights, first, second: The parameters and AdamW's moments of them.
+        weights, first, second: The parameters and AdamW's moments of them, on the CPU.
     """
 
     weights: dict[str, Tensor]
@@ -58,21 +93,29 @@ class LaneState:
 class LaneWeights:
     """Trainable weights of all lanes, with gradients and AdamW's moments.
 
+    Lanes come and go whole or not at all: where memory runs out, all is as it was.
+
     Attributes:
-        blocks: Name to block, in layout order.
         weights, gradients, first, second: float32, ``(lanes, numbers a lane)``.
         decays: 1 where weight decay applies, ``(numbers a lane,)``.
     """
 
+    weights: Tensor
+    gradients: Tensor
+    first: Tensor
+    second: Tensor
+    decays: Tensor
+
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device = device
         self.dtype = dtype
-        self.blocks: dict[str, Block] = {}
-        self._offsets: dict[str, int] = {}
-        self._width = 0
-        self._parameters: dict[str, Tensor] = {}
-        self._owned: list[dict[str, Block]] = []
-        self._allocate(0)
+        layout = Layout.of(())
+        self._adopt([], layout, self._decays(layout), [self._zeros(0, 0) for _ in range(4)])
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Name to block, in layout order."""
+        return self._layout.blocks
 
     @property
     def lanes(self) -> int:
@@ -82,7 +125,7 @@ class LaneWeights:
     @property
     def width(self) -> int:
         """Numbers a lane, alignment included."""
-        return self._width
+        return self._layout.width
 
     def parameter(self, name: str) -> Tensor:
         """Return all lanes' values of a parameter, ``(lanes, *shape)``; a leaf with a gradient."""
@@ -90,7 +133,7 @@ class LaneWeights:
 
     def gradient(self, name: str) -> Tensor:
         """Return all lanes' collected gradients of a parameter, ``(lanes, *shape)``."""
-        return self._view(self.gradients, name)
+        return self._layout.view(self.gradients, name)
 
     def __contains__(self, name: str) -> bool:
         return name in self.blocks
@@ -107,33 +150,51 @@ class LaneWeights:
 
     def restore(self, blocks: Iterable[Block], state: LaneState) -> int:
         """Append a lane that was taken out before, and return its number."""
-        self._owned.append({block.name: block for block in blocks})
-        self._lay_out(list(range(self.lanes)))
-        lane = self.lanes - 1
-        for matrix, values in (
-            (self.weights, state.weights),
-            (self.first, state.first),
-            (self.second, state.second),
+        before = self.lanes
+        owned = [*self._owned, {block.name: block for block in blocks}]
+        layout, matrices = self._moved(list(range(before)), owned)
+        for matrix, values in zip(
+            matrices, (state.weights, state.first, state.second), strict=False
         ):
+            # A whole row in one copy: an accelerator needs room beside it for parts.
+            row = torch.zeros(1, layout.width, dtype=self.dtype)
             for name, value in values.items():
-                self._view(matrix, name)[lane][_corner(value.shape)] = value
-        return lane
+                layout.view(row, name)[0][_corner(value.shape)] = value
+            matrix[before:].copy_(row)
+        self._adopt(owned, layout, self._decays(layout), matrices)
+        return before
 
     def state(self, lane: int, shapes: Mapping[str, torch.Size]) -> LaneState:
-        """Copy a lane's weights and moments, cut to the lane's own shapes."""
-        found = [
-            {
-                name: self._view(matrix, name)[lane][_corner(shape)].clone()
-                for name, shape in shapes.items()
-            }
-            for matrix in (self.weights, self.first, self.second)
-        ]
+        """Copy a lane's weights and moments to the CPU, cut to the lane's own shapes.
+
+        It takes no memory of an accelerator: that may have run out.
+        """
+        found = []
+        for matrix in (self.weights, self.first, self.second):
+            row = matrix[lane : lane + 1].cpu()
+            found.append(
+                {
+                    name: self._layout.view(row, name)[0][_corner(shape)].clone()
+                    for name, shape in shapes.items()
+                }
+            )
         return LaneState(*found)
 
     def keep(self, lanes: list[int]) -> None:
-        """Keep only these lanes, renumbered in the order given, and no block of the others."""
-        self._owned = [self._owned[lane] for lane in lanes]
-        self._lay_out(lanes)
+        """Keep only these lanes, renumbered in the order given, and no block of the others.
+
+        Where there is no memory for that, lanes that stay in their order move up in the
+        memory that is there, and its other blocks and rows go the next time.
+        """
+        owned = [self._owned[lane] for lane in lanes]
+        try:
+            layout, matrices = self._moved(lanes, owned)
+            decays = self._decays(layout)
+        except Exception as error:
+            if lanes != sorted(lanes) or not is_out_of_memory(error):
+                raise
+            layout, decays, matrices = self._layout, self.decays, self._moved_up(lanes)
+        self._adopt(owned, layout, decays, matrices)
 
     def collect_gradients(self) -> None:
         """Move what backward left at the parameters into :attr:`gradients`.
@@ -142,7 +203,7 @@ class LaneWeights:
         parameter that took no part must count as zero.
         """
         for name, parameter in self._parameters.items():
-            view = self._view(self.gradients, name)
+            view = self._layout.view(self.gradients, name)
             if parameter.grad is None:
                 view.zero_()
             else:
@@ -158,46 +219,62 @@ class LaneWeights:
         """Norm of each lane's whole gradient, head included: ``(lanes,)``."""
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
-    def _lay_out(self, lanes: list[int]) -> None:
-        """Make room for what the lanes own, and move the given old lanes to the front."""
+    def _moved(
+        self, lanes: list[int], owned: list[dict[str, Block]]
+    ) -> tuple[Layout, list[Tensor]]:
+        """Make room for what lanes own, and copy the given old lanes to the front of it.
+
+        Returns:
+            The layout, and weights, first and second moments and gradients by it.
+        """
+        layout = Layout.of(owned)
+        matrices = [self._zeros(len(owned), layout.width) for _ in range(4)]
         index = torch.tensor(lanes, dtype=torch.int64, device=self.device)
-        old = [
-            {name: self._view(matrix, name).index_select(0, index) for name in self.blocks}
-            for matrix in (self.weights, self.first, self.second)
-        ]
-        wanted: dict[str, Block] = {}
-        for block in (block for owned in self._owned for block in owned.values()):
-            known = wanted.get(block.name)
-            wanted[block.name] = block if known is None else known.widened(block)
-        self.blocks, self._offsets, at = wanted, {}, 0
-        for name, block in wanted.items():
-            self._offsets[name] = at
-            at += -(-block.size // _ALIGNED) * _ALIGNED
-        self._width = at
-        self._allocate(len(self._owned))
-        for matrix, values in zip((self.weights, self.first, self.second), old, strict=True):
-            for name in values.keys() & wanted.keys():
-                value = values[name]
-                new = self._view(matrix, name)
+        old = (self.weights, self.first, self.second)
+        for name in self.blocks.keys() & layout.blocks.keys():
+            for matrix, before in zip(matrices, old, strict=False):
+                new = layout.view(matrix, name)
+                value = self._layout.view(before, name).index_select(0, index)
                 # What a block loses is padding of lanes that left.
                 corner = _corner(map(min, value.shape[1:], new.shape[1:]))
                 new[(slice(len(lanes)), *corner)] = value[(slice(None), *corner)]
+        return layout, matrices
 
-    def _allocate(self, lanes: int) -> None:
-        def zeros() -> Tensor:
-            return torch.zeros(lanes, self._width, device=self.device, dtype=self.dtype)
+    def _moved_up(self, lanes: list[int]) -> list[Tensor]:
+        """Do :meth:`_moved` for ascending lanes in the memory that is there, as laid out now."""
+        matrices = [self.weights, self.first, self.second]
+        for new, old in enumerate(lanes):
+            for matrix in matrices:
+                if new != old:
+                    matrix[new].copy_(matrix[old])
+        # Between blocks, a lane that left may have left what is no number.
+        matrices.append(self.gradients.zero_())
+        return [matrix[: len(lanes)] for matrix in matrices]
 
-        self.weights, self.gradients, self.first, self.second = (zeros() for _ in range(4))
-        self.decays = torch.zeros(self._width, device=self.device, dtype=self.dtype)
-        self._parameters = {}
-        for name, block in self.blocks.items():
-            offset = self._offsets[name]
-            self.decays[offset : offset + block.size] = float(block.decays)
-            self._parameters[name] = self._view(self.weights, name).detach().requires_grad_()
+    def _decays(self, layout: Layout) -> Tensor:
+        decays = torch.zeros(layout.width, device=self.device, dtype=self.dtype)
+        for name, block in layout.blocks.items():
+            offset = layout.offsets[name]
+            decays[offset : offset + block.size] = float(block.decays)
+        return decays
 
-    def _view(self, matrix: Tensor, name: str) -> Tensor:
-        block, offset = self.blocks[name], self._offsets[name]
-        return matrix[:, offset : offset + block.size].unflatten(1, block.shape)
+    def _adopt(
+        self,
+        owned: list[dict[str, Block]],
+        layout: Layout,
+        decays: Tensor,
+        matrices: list[Tensor],
+    ) -> None:
+        """Take over what was made for these lanes; it takes no memory for numbers itself."""
+        self._owned, self._layout, self.decays = owned, layout, decays
+        self.weights, self.first, self.second, self.gradients = matrices
+        self._parameters = {
+            name: layout.view(self.weights, name).detach().requires_grad_()
+            for name in layout.blocks
+        }
+
+    def _zeros(self, lanes: int, width: int) -> Tensor:
+        return torch.zeros(lanes, width, device=self.device, dtype=self.dtype)
 
 
 def _corner(shape: Iterable[int]) -> tuple[slice, ...]:

@@ -154,29 +154,32 @@ class PackedModel:
     def add_lane(self, peft_model: PeftModel, settings: LaneSettings) -> int:
         """Append a lane that starts from a PEFT model's own first weights."""
         values = {name: value.detach() for name, value, _ in trained_parameters(peft_model)}
+        lane = self.weights.add(self.blocks(peft_model), values)
         self._add_settings(settings)
-        return self.weights.add(self.blocks(peft_model), values)
+        return lane
 
     def add_untrained_lane(self, blocks: list[Block], values: Mapping[str, Tensor]) -> int:
         """Append a lane without an adapter, its head as given."""
+        lane = self.weights.add(blocks, values)
         self._add_settings(LaneSettings(0.0, 0.0))
-        return self.weights.add(blocks, values)
+        return lane
 
     def lane_state(self, lane: int, peft_model: PeftModel) -> LaneState:
-        """Copy a lane's weights and moments, to be restored later."""
+        """Copy a lane's weights and moments to the CPU, to be restored later."""
         shapes = {name: value.shape for name, value, _ in trained_parameters(peft_model)}
         return self.weights.state(lane, shapes)
 
     def restore_lane(self, peft_model: PeftModel, settings: LaneSettings, state: LaneState) -> int:
         """Append a lane that was taken out before, where it left off."""
+        lane = self.weights.restore(self.blocks(peft_model), state)
         self._add_settings(settings)
-        return self.weights.restore(self.blocks(peft_model), state)
+        return lane
 
     def keep_lanes(self, lanes: list[int]) -> None:
         """Keep only these lanes, in this order: by selection, so that no NaN comes along."""
+        self.weights.keep(lanes)
         self._settings = [self._settings[lane] for lane in lanes]
         self._factors.clear()
-        self.weights.keep(lanes)
 
     def write_lane(self, lane: int, peft_model: PeftModel) -> None:
         """Write a lane's weights back into its PEFT model."""

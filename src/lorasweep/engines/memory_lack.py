@@ -1,0 +1,51 @@
+"""Memory that ran out: noticed, said, and let go of."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorasweep.core.plans import TrialPlan
+from lorasweep.model.heap import give_freed_memory_back
+from lorasweep.model.torch_errors import is_out_of_memory
+
+if TYPE_CHECKING:
+    from lorasweep.engines.packed import PackedEngine
+
+
+def lack_in(act: Callable[[], None]) -> str | None:
+    """Do something, and return the traceback where memory ran out; None where it didn't.
+
+    The error holds the frames it went through, and they hold all that was computed in them:
+    only when it is gone there is memory to go on with.
+    """
+    try:
+        act()
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        trace = "".join(traceback.format_exception(error))
+        traceback.clear_frames(error.__traceback__)
+    return trace
+
+
+def let_go(engine: PackedEngine) -> None:
+    """Let go of what a pass left in the model, and of what the allocator keeps for the next."""
+    engine.model.forget_pass()
+    engine.model.weights.drop_gradients()
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        give_freed_memory_back()
+
+
+def needs_too_much(plan: TrialPlan) -> str:
+    """Say that memory ran out for a trial alone, and what would need less."""
+    return (
+        f"out of memory at batch size {plan.batch_size} and rank {plan.adapter.rank}; "
+        "a smaller batch_size or model.max_length needs less"
+    )

@@ -1,0 +1,200 @@
+"""Memory that runs out while a lane is built or let in: fewer lanes, and no trial is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from recorder import Recorder, keep_nothing
+
+from lorasweep.core.outcomes import Outcome, TrialState
+from lorasweep.core.plans import AdapterPlan, EngineSettings, Resumption, TrialPlan
+from lorasweep.engines.pack_places import PackPlaces
+from lorasweep.engines.packed import PackedEngine
+from lorasweep.model.lane_weights import LaneWeights
+from lorasweep.model.packed_lora import LaneSettings
+
+NEIGHBOURS = 1e-5  # sums are taken in another order among other rows
+ALONE = "out of memory at batch size 8 and rank 4; a smaller batch_size or model.max_length"
+
+
+@pytest.fixture
+def engine(open_tiny, splits) -> Callable[..., PackedEngine]:
+    base = open_tiny()
+
+    def make(lanes: int = 4) -> PackedEngine:
+        settings = EngineSettings(
+            precision="fp32", device="cpu", log_every=1, checkpoint_seconds=1e9
+        )
+        return PackedEngine(base, *splits, settings, lanes)
+
+    return make
+
+
+@pytest.fixture
+def plans(make_plan) -> list[TrialPlan]:
+    """Four, and two that take the places of the second (at step 4) and of the third (at 8)."""
+    return [make_plan(n, seed=n, epochs=e) for n, e in enumerate((3, 1, 2, 3, 2, 1), start=1)]
+
+
+def lacking(original: Callable, when: Callable[[int], bool]) -> Callable:
+    """What runs out of memory at some of its calls, counted from 1."""
+    calls: list[object] = []
+
+    def limited(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if when(len(calls)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args, **kwargs)
+
+    return limited
+
+
+def run(
+    engine: PackedEngine,
+    plans: Iterable[TrialPlan],
+    when_asked: Callable[[int, Recorder], None] = lambda number, recorder: None,
+) -> tuple[Recorder, dict[int, Outcome]]:
+    recorder, outcomes = Recorder(keep_nothing), {}
+
+    def one_by_one() -> Iterator[TrialPlan]:
+        for plan in plans:
+            when_asked(plan.number, recorder)
+            yield plan
+
+    for outcome in engine.run(one_by_one(), recorder):
+        outcomes[outcome.trial] = outcome
+    return recorder, outcomes
+
+
+def assert_undisturbed(
+    found: tuple[Recorder, dict[int, Outcome]], expected: Recorder, plans: list[TrialPlan]
+) -> None:
+    """Hold these trials to a run that has all the memory it wants."""
+    recorder, outcomes = found
+    assert {n: (o.state, o.steps) for n, o in outcomes.items()} == {
+        plan.number: (TrialState.COMPLETED, 4 * plan.epochs) for plan in plans
+    }
+    for plan in plans:
+        n = plan.number
+        told = [(type(x), x.step) for x in recorder.told[n]]
+        assert told == [(type(x), x.step) for x in expected.told[n]]  # no step twice
+        np.testing.assert_allclose(recorder.losses[n], expected.losses[n], rtol=0, atol=NEIGHBOURS)
+        np.testing.assert_allclose(recorder.logits[n], expected.logits[n], rtol=0, atol=NEIGHBOURS)
+
+
+@pytest.fixture
+def straight(engine, plans) -> Recorder:
+    return run(engine(), plans)[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("build", 2),  # of the first fill: nobody is in yet
+        ("add_lane", 2),
+        ("add_lane", 4),
+        ("build", 5),  # of a refill
+        ("add_lane", 5),
+    ],
+)
+def test_who_finds_no_memory_comes_next_while_half_go_on(
+    what, call, engine, plans, straight, monkeypatch
+):
+    made, sizes = engine(), []
+    owner, tick = made if what == "build" else made.model, PackPlaces.tick
+    monkeypatch.setattr(owner, what, lacking(getattr(owner, what), lambda n: n == call))
+
+    def count(places: PackPlaces) -> None:
+        sizes.append((len(places.lanes), made.capacity))
+        tick(places)
+
+    monkeypatch.setattr(PackPlaces, "tick", count)
+
+    def nobody_before(number: int, recorder: Recorder) -> None:
+        """Who comes after the one that waits; four are asked for before anyone is let in."""
+        if number > call and (what == "build" or number > 4):
+            assert recorder.facts.keys() >= {call}
+            assert what == "build" or recorder.steps[call]
+
+    found = run(made, plans, nobody_before)
+    assert (made.use.halved, made.capacity) == (1, 2)
+    assert sizes[0] == ((4, 4) if call == 5 else (2, 2))
+    assert {size for size, capacity in sizes if capacity == 2} <= {1, 2}
+    assert list(found[0].facts) == [1, 2, 3, 4, 5, 6]
+    assert_undisturbed(found, straight, plans)
+
+
+def test_a_parked_lane_that_finds_no_memory_stays_parked(engine, plans, straight, monkeypatch):
+    made = engine()
+    model = made.model
+    monkeypatch.setattr(model, "forward", lacking(model.forward, lambda n: n == 3))
+    monkeypatch.setattr(model, "restore_lane", lacking(model.restore_lane, lambda n: n == 1))
+    found = run(made, plans)
+    assert (made.use.halved, made.capacity) == (2, 1)
+    assert_undisturbed(found, straight, plans)
+
+
+@pytest.mark.parametrize("call", range(9, 60, 5))  # the first lane has its eight
+def test_wherever_lanes_are_laid_out_anew_nothing_is_lost(
+    call, engine, plans, straight, monkeypatch
+):
+    """A lane that comes finds no memory for one of its matrices; one that leaves needs none."""
+    made = engine()
+    monkeypatch.setattr(LaneWeights, "_zeros", lacking(LaneWeights._zeros, lambda n: n == call))
+    found = run(made, plans)
+    assert made.use.halved in (0, 1)
+    assert_undisturbed(found, straight, plans)
+
+
+@pytest.mark.parametrize("what", ["build", "add_lane"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_who_finds_no_memory_even_alone_fails_and_the_others_go_on(
+    what, at, engine, plans, straight, monkeypatch
+):
+    made = engine()
+    plans[at - 1] = dataclasses.replace(plans[at - 1], adapter=AdapterPlan(4, 1.0))
+    owner = made if what == "build" else made.model
+    original = getattr(owner, what)
+
+    def limited(one: object, *settings: LaneSettings) -> object:
+        adapter = settings[0] if settings else one.adapter
+        if adapter.scaling == 0.25:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(one, *settings)
+
+    monkeypatch.setattr(owner, what, limited)
+    recorder, outcomes = run(made, plans)
+    failed = outcomes.pop(at)
+    assert (failed.state, failed.steps) == (TrialState.FAILED, 0)
+    assert failed.reason.startswith(ALONE)
+    assert "OutOfMemoryError" in failed.traceback
+    assert at not in recorder.steps
+    # The first of all has no neighbour yet whose memory could be asked for.
+    assert made.use.halved == (0 if at == 1 else 2)
+    assert_undisturbed((recorder, outcomes), straight, [p for p in plans if p.number != at])
+
+
+def test_without_memory_to_park_anyone_the_latest_trial_fails(engine, plans, straight, monkeypatch):
+    made = engine()
+    monkeypatch.setattr(made.model, "forward", lacking(made.model.forward, lambda n: n == 3))
+    monkeypatch.setattr(made.model, "lane_state", lacking(made.model.lane_state, lambda n: n == 2))
+    recorder, outcomes = run(made, plans)
+    failed = outcomes.pop(4)
+    assert (failed.state, failed.steps) == (TrialState.FAILED, 2)
+    assert failed.reason.startswith(ALONE)
+    assert_undisturbed((recorder, outcomes), straight, [p for p in plans if p.number != 4])
+
+
+def test_a_plan_that_is_held_needs_a_place_and_nothing_else(make_plan):
+    places = PackPlaces(SimpleNamespace(capacity=2), Resumption(trials=0, clock=4))
+    places.lanes.append(SimpleNamespace(due=False, outcome=None))
+    assert not places.wants_plan  # the last outcome that was told lies ahead
+    places.held = make_plan(1), 1
+    assert places.wants_plan
+    places.parked.append(SimpleNamespace())
+    assert not places.wants_plan
