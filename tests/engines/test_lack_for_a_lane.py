@@ -12,7 +12,13 @@ import torch
 from recorder import Recorder, keep_nothing
 
 from lorasweep.core.outcomes import Outcome, TrialState
-from lorasweep.core.plans import AdapterPlan, EngineSettings, Resumption, TrialPlan
+from lorasweep.core.plans import (
+    NOTHING_BEFORE,
+    AdapterPlan,
+    EngineSettings,
+    Resumption,
+    TrialPlan,
+)
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.model.lane_weights import LaneWeights
@@ -38,7 +44,10 @@ def engine(open_tiny, splits) -> Callable[..., PackedEngine]:
 @pytest.fixture
 def plans(make_plan) -> list[TrialPlan]:
     """Four, and two that take the places of the second (at step 4) and of the third (at 8)."""
-    return [make_plan(n, seed=n, epochs=e) for n, e in enumerate((3, 1, 2, 3, 2, 1), start=1)]
+    return [
+        make_plan(n, seed=n, epochs=epochs, adapter=AdapterPlan(4, 4.0 * n))
+        for n, epochs in enumerate((3, 1, 2, 3, 2, 1), start=1)
+    ]
 
 
 def lacking(original: Callable, when: Callable[[int], bool]) -> Callable:
@@ -58,6 +67,7 @@ def run(
     engine: PackedEngine,
     plans: Iterable[TrialPlan],
     when_asked: Callable[[int, Recorder], None] = lambda number, recorder: None,
+    resumption: Resumption = NOTHING_BEFORE,
 ) -> tuple[Recorder, dict[int, Outcome]]:
     recorder, outcomes = Recorder(keep_nothing), {}
 
@@ -66,7 +76,7 @@ def run(
             when_asked(plan.number, recorder)
             yield plan
 
-    for outcome in engine.run(one_by_one(), recorder):
+    for outcome in engine.run(one_by_one(), recorder, resumption):
         outcomes[outcome.trial] = outcome
     return recorder, outcomes
 
@@ -126,6 +136,23 @@ def test_who_finds_no_memory_comes_next_while_half_go_on(
     assert sizes[0] == ((4, 4) if call == 5 else (2, 2))
     assert {size for size, capacity in sizes if capacity == 2} <= {1, 2}
     assert list(found[0].facts) == [1, 2, 3, 4, 5, 6]
+    assert_undisturbed(found, straight, plans)
+
+
+def test_nobody_is_asked_for_while_someone_finds_no_memory(engine, plans, straight, monkeypatch):
+    """Also where there are free places, and the time to ask comes meanwhile."""
+    made = engine(64)
+    limited = lacking(made.model.add_lane, lambda n: 2 <= n <= 5)
+    monkeypatch.setattr(made.model, "add_lane", limited)
+    when: list[int] = []
+
+    def note(number: int, recorder: Recorder) -> None:
+        when.append(len(recorder.steps.get(1, [])))
+
+    found = run(made, plans, note, Resumption(trials=2, clock=1))
+    assert (made.use.halved, made.capacity) == (4, 4)
+    # It is time after one step, but the second has no place before the third is done.
+    assert when[:4] == [0, 0, 3, 3]
     assert_undisturbed(found, straight, plans)
 
 
