@@ -19,6 +19,7 @@ from lorasweep.core.plans import (
     Resumption,
     TrialPlan,
 )
+from lorasweep.engines.memory_lack import lack_in
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.model.lane_weights import LaneWeights
@@ -48,6 +49,22 @@ def plans(make_plan) -> list[TrialPlan]:
         make_plan(n, seed=n, epochs=epochs, adapter=AdapterPlan(4, 4.0 * n))
         for n, epochs in enumerate((3, 1, 2, 3, 2, 1), start=1)
     ]
+
+
+def test_onednn_is_done_without_once_it_found_no_room_for_code(caplog):
+    def step() -> None:
+        raise RuntimeError("could not create a primitive")
+
+    assert torch.backends.mkldnn.enabled
+    try:
+        assert "could not create a primitive" in lack_in(step)
+        assert not torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    assert "going on without it" in caplog.text
+    full = lacking(lambda: None, lambda _: True)
+    assert "CUDA out of memory" in lack_in(full)
+    assert torch.backends.mkldnn.enabled
 
 
 def lacking(original: Callable, when: Callable[[int], bool]) -> Callable:

@@ -239,6 +239,30 @@ def test_running_out_of_memory_while_evaluating_loses_no_evaluation(engine, plan
         same(expected, recorder, number, NEIGHBOURS)
 
 
+def test_an_epoch_is_told_once_though_memory_ran_out_for_what_is_kept_of_it(
+    engine, plan, monkeypatch
+):
+    plans = [plan(number) for number in range(1, 5)]
+    expected = run(engine(4), plans)
+    made = engine(4)
+    copy = made.model.lane_values
+    calls = []
+
+    def tight(lane, adapter):
+        calls.append(lane)
+        if len(calls) == 2:  # the first lane's was copied, and told
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copy(lane, adapter)
+
+    monkeypatch.setattr(made.model, "lane_values", tight)
+    recorder = run(made, plans)
+    assert made.capacity == 2
+    evaluated = [entry for entry in recorder.log if entry[0] == "evaluated"]
+    assert len(evaluated) == len(set(evaluated))
+    for number in range(1, 5):
+        same(expected, recorder, number, NEIGHBOURS)
+
+
 def test_a_trial_that_does_not_fit_alone_fails_with_that_reason(engine, plan, monkeypatch):
     made = engine(2)
     forward = made.model.forward

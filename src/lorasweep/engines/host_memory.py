@@ -54,7 +54,7 @@ def host_bytes(root: Path = Path("/")) -> int:
 def _left_by_cgroups(root: Path) -> Iterator[int]:
     """Yield what each group with a limit leaves, in bytes; below 0 where it is overdrawn."""
     try:
-        own = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:  # not Linux
         return
     for line in own:

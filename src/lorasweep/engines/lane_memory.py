@@ -76,9 +76,6 @@ def lane_bytes(
     Returns:
         Bytes; None where not even one lane fits.
     """
-    fresh = fresh_classifier(base, 0)
-    plan = _widest(fresh, largest.adapters)
-    model.add_lane(attach(fresh, plan, 0), LaneSettings(plan.scaling, plan.dropout))
     rows = length_batches(train, largest.batch_size)[0]
     batch = lay_out(train, [LaneRows(rows)], device, training=True)
 
@@ -86,6 +83,9 @@ def lane_bytes(
         return model.forward(batch, training=True).sum()
 
     try:
+        fresh = fresh_classifier(base, 0)
+        plan = _widest(fresh, largest.adapters)
+        model.add_lane(attach(fresh, plan, 0), LaneSettings(plan.scaling, plan.dropout))
         if device.type == "cuda":  # the first time, libraries take workspaces that they keep
             forward().backward()
             model.weights.drop_gradients()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ import torch
 
 from lorasweep.core.plans import TrialPlan
 from lorasweep.model.heap import give_freed_memory_back
-from lorasweep.model.torch_errors import is_out_of_memory
+from lorasweep.model.torch_errors import is_of_onednns_code, is_out_of_memory
 
 if TYPE_CHECKING:
     from lorasweep.engines.packed import PackedEngine
+
+_log = logging.getLogger(__name__)
 
 
 def lack_in(act: Callable[[], None]) -> str | None:
@@ -28,6 +31,8 @@ def lack_in(act: Callable[[], None]) -> str | None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        if is_of_onednns_code(error):
+            _do_without_onednn()
         trace = "".join(traceback.format_exception(error))
         traceback.clear_frames(error.__traceback__)
     return trace
@@ -41,6 +46,19 @@ def let_go(engine: PackedEngine) -> None:
         torch.cuda.empty_cache()
     else:
         give_freed_memory_back()
+
+
+def _do_without_onednn() -> None:
+    """Let torch compute by itself what oneDNN would compile code for.
+
+    Once a thread has found no room for code, oneDNN refuses to compile anything more in it,
+    however much room there is: every later step would fail.
+    """
+    torch.backends.mkldnn.set_flags(False)
+    _log.warning(
+        "oneDNN found no memory for its code and compiles none after that: "
+        "going on without it, slower"
+    )
 
 
 def needs_too_much(plan: TrialPlan) -> str:

@@ -71,7 +71,7 @@ class PackPlaces:
     @property
     def idle(self) -> int:
         """Places without a lane while plans remain."""
-        return 0 if self.exhausted else self._engine.capacity - len(self.lanes)
+        return 0 if self.exhausted else max(0, self._engine.capacity - len(self.lanes))
 
     @property
     def wants_plan(self) -> bool:

@@ -27,7 +27,7 @@ from lorasweep.model.checkpoint import save_adapter
 from lorasweep.model.lane_spans import lane_sums
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import lane_key
-from lorasweep.model.packed_lora import release_frozen
+from lorasweep.model.packed_lora import release_frozen, write_values
 from lorasweep.model.transfer import OnItsWay
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ class PackRun:
         if places.ended:
             return  # one has just turned out to have failed: perhaps there is room without it
         self.engine.halve()
-        self._lack_in(lambda: places.park_all_but(self.engine.capacity))
-        _log.warning("out of memory: going on with at most %d lanes", self.engine.capacity)
+        if self._lack_in(lambda: places.park_all_but(self.engine.capacity)) is None:
+            _log.warning("out of memory: going on with at most %d lanes", self.engine.capacity)
 
     def _shrink(self, trace: str) -> None:
         """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
@@ -337,10 +337,12 @@ class PackRun:
                 logits=logits,
                 seconds=lane.seconds,
             )
+            # Copied before anyone is told: where memory runs out, the epoch is evaluated again.
+            values = self.engine.model.lane_values(places.lanes.index(lane), lane.adapter)
             verdict = self.reporter.evaluated(evaluation)
             with places.changing():
                 if verdict.keep:
-                    self.engine.model.write_lane(places.lanes.index(lane), lane.adapter)
+                    write_values(lane.adapter, values)
                     save_adapter(lane.adapter, plan.adapter_folder)
                     lane.kept = evaluation.epoch
                 lane.told.append(evaluation)

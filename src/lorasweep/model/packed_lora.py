@@ -181,11 +181,9 @@ class PackedModel:
         self._settings = [self._settings[lane] for lane in lanes]
         self._factors.clear()
 
-    def write_lane(self, lane: int, peft_model: PeftModel) -> None:
-        """Write a lane's weights back into its PEFT model."""
-        for name, parameter, _ in trained_parameters(peft_model):
-            corner = tuple(slice(n) for n in parameter.shape)
-            parameter.data = self.weights.parameter(name).detach()[lane][corner].clone().cpu()
+    def lane_values(self, lane: int, peft_model: PeftModel) -> dict[str, Tensor]:
+        """Copy to the CPU what a lane's PEFT model trains, by the pack's names."""
+        return self.lane_state(lane, peft_model).weights
 
     @property
     def filled(self) -> bool:
@@ -360,6 +358,12 @@ def trained_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, st
                     parameter,
                     f"{full_name}.modules_to_save.{_ADAPTER}.{inner}",
                 )
+
+
+def write_values(peft_model: PeftModel, values: Mapping[str, Tensor]) -> None:
+    """Give a PEFT model what :meth:`PackedModel.lane_values` copied; it takes no memory."""
+    for name, parameter, _ in trained_parameters(peft_model):
+        parameter.data = values[name]
 
 
 def release_frozen(model: PeftModel) -> None:

@@ -23,6 +23,11 @@ def is_out_of_memory(error: Any) -> bool:
     return isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
 
 
+def is_of_onednns_code(error: Exception) -> bool:
+    """Whether oneDNN found no room for the code of a product or activation."""
+    return isinstance(error, RuntimeError) and str(error).endswith("could not create a primitive")
+
+
 def is_of_the_compiler(error: Exception) -> bool:
     """Whether ``torch.compile`` failed before any compiled code ran."""
     from torch._dynamo import exc  # torch itself loads it only where something is compiled
