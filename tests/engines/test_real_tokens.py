@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from recorder import Recorder, keep_nothing
 
 from lorasweep.core.corpora import EncodedSplit
@@ -217,7 +216,6 @@ def test_as_the_engine_itself_lays_out_and_counts(compiled, trained, monkeypatch
     assert_real(engine.seen)
 
 
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped product")
 def test_lora_pads_no_lane_on_a_cpu(trained, monkeypatch):
     spread, padded = grouped_products._spread, []
 

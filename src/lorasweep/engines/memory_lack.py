@@ -51,8 +51,8 @@ def let_go(engine: PackedEngine) -> None:
 def _do_without_onednn() -> None:
     """Let torch compute by itself what oneDNN would compile code for.
 
-    Once a thread has found no room for code, oneDNN refuses to compile anything more in it,
-    however much room there is: every later step would fail.
+    Once it has found no room for code, oneDNN was seen to refuse all that it had yet to compile,
+    with half a GiB to spare: every later step would fail.
     """
     torch.backends.mkldnn.set_flags(False)
     _log.warning(

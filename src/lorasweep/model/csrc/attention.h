@@ -58,12 +58,12 @@ INLINE void NAMED(attend_head)(Scratch *s, SCALAR *out, float *sums, const NAMED
     const SCALAR *query = asked->query + q * strides[0] + head * strides[1];
     NAMED(take)(s->query, query, count, QUERIES, strides[0], width, wide);
     if (how->streams) draw(s->bytes, how, first + i, count, head, keys);
-    times_columns(s->score, s->query, s->key_columns, keys, wide, width);
+    multiply(s->score, s->query, s->key_columns, width, wide, keys);
     for (int64_t b = 0; b < count; b++)
       sums[(q + b) * heads + head] =
           weigh(s->score + b * keys, s->bytes + b * rounded_up(keys, DRAWN), how, i + b, length,
                 keys);
-    weighted_rows(s->out, s->score, s->value, length, keys, wide);
+    multiply(s->out, s->score, s->value, length, keys, wide);
     NAMED(give)(out + (q * heads + head) * width, s->out, count, heads * width, width, wide);
   }
 }
@@ -91,8 +91,8 @@ INLINE void NAMED(attend_head_backward)(Scratch *s, SCALAR *query_gradient, SCAL
     NAMED(take)(s->query, query, count, QUERIES, strides[0], width, wide);
     NAMED(take)(s->out, grad + at, count, QUERIES, across, width, wide);
     if (how->streams) draw(s->bytes, how, first + i, count, head, keys);
-    times_columns(s->score, s->query, s->key_columns, keys, wide, width);
-    times_columns(s->gradient, s->out, s->value_columns, keys, wide, width);
+    multiply(s->score, s->query, s->key_columns, width, wide, keys);
+    multiply(s->gradient, s->out, s->value_columns, width, wide, keys);
     for (int64_t b = 0; b < count; b++)
       weigh_backward(s->score + b * keys, s->gradient + b * keys, s->weight + b * keys,
                      s->bytes + b * rounded_up(keys, DRAWN), how, sums[(q + b) * heads + head],
@@ -101,7 +101,7 @@ INLINE void NAMED(attend_head_backward)(Scratch *s, SCALAR *query_gradient, SCAL
     memset(s->weight + count * keys, 0, (size_t)((QUERIES - count) * keys) * 4);
     add_outer(s->value_gradient, s->weight, s->out, length, keys, wide);
     if (key_gradient) add_outer(s->key_gradient, s->gradient, s->query, length, keys, wide);
-    weighted_rows(s->out, s->gradient, s->key, length, keys, wide);
+    multiply(s->out, s->gradient, s->key, length, keys, wide);
     NAMED(give)(query_gradient + at, s->out, count, across, width, wide);
   }
   NAMED(give)(value_gradient + row_at, s->value_gradient, length, across, width, wide);

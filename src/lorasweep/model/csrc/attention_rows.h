@@ -58,29 +58,17 @@ static inline int64_t longest_row(const Rows *rows) {
   return longest;
 }
 
-/* to[b] = rows[b] . columns: (QUERIES, keys). */
-INLINE void times_columns(float *restrict to, const float *restrict rows, float *restrict columns,
-                          int64_t keys, int64_t wide, int64_t width) {
-  for (int64_t j = 0; j < keys; j += LANES) {
+/* to (QUERIES, across) = left (QUERIES, inner) times right (inner, across); left's rows lie `apart`
+ * from one another. */
+INLINE void multiply(float *restrict to, const float *restrict left, float *restrict right,
+                     int64_t inner, int64_t apart, int64_t across) {
+  for (int64_t c = 0; c < across; c += LANES) {
     floats sum[QUERIES] = {0};
-    for (int64_t d = 0; d < width; d++) {
-      floats column = *vector(columns + d * keys + j);
-      for (int b = 0; b < QUERIES; b++) sum[b] += rows[b * wide + d] * column;
+    for (int64_t i = 0; i < inner; i++) {
+      floats row = *vector(right + i * across + c);
+      for (int b = 0; b < QUERIES; b++) sum[b] += left[b * apart + i] * row;
     }
-    for (int b = 0; b < QUERIES; b++) *vector(to + b * keys + j) = sum[b];
-  }
-}
-
-/* to[b] = sum over keys of weight[b] times rows: (QUERIES, wide). */
-INLINE void weighted_rows(float *restrict to, const float *restrict weight, float *restrict rows,
-                          int64_t length, int64_t keys, int64_t wide) {
-  for (int64_t d = 0; d < wide; d += LANES) {
-    floats sum[QUERIES] = {0};
-    for (int64_t j = 0; j < length; j++) {
-      floats row = *vector(rows + j * wide + d);
-      for (int b = 0; b < QUERIES; b++) sum[b] += weight[b * keys + j] * row;
-    }
-    for (int b = 0; b < QUERIES; b++) *vector(to + b * wide + d) = sum[b];
+    for (int b = 0; b < QUERIES; b++) *vector(to + b * across + c) = sum[b];
   }
 }
 
