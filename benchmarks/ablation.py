@@ -33,6 +33,9 @@ CONTENDERS = {
     ),
     "fp32": Contender(functools.partial(packed, precision="fp32"), "without bfloat16"),
     "one lane": Contender(functools.partial(packed, lanes=1), "without packing"),
+    "whole passes": Contender(
+        functools.partial(packed, whole=True), "all rows through the base in one piece"
+    ),
     "no dropout": Contender(
         functools.partial(packed, base_dropout=0.0, dropout=0.0),
         "without the base's and the adapters' dropout; they learn otherwise: time only",

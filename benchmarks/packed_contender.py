@@ -51,6 +51,7 @@ def packed(
     shared: bool = True,
     packs: Literal["refilled", "fixed", "of equal epochs"] = "refilled",
     padded: Literal["lane", "pack"] | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Run the packed engine; each argument switches one thing off.
 
@@ -66,12 +67,15 @@ def packed(
             can who knows all trials beforehand and prunes none.
         padded: Pad each row to its lane's longest, or its pack's. The model sees the padding as
             words, so the scores mean nothing: only the time is that of a padded engine.
+        whole: Each pass goes through the base in one piece, instead of in halves.
     """
     base, train, validation = opened(work, base_dropout)
     from lorasweep.engines.packed import PackedEngine
 
     settings = EngineSettings(precision=precision, eval_batch_size=EVAL_BATCH_SIZE)
     engine = PackedEngine(base, train, validation, settings, lanes or work.lanes)
+    if whole:
+        engine.passes.most = 1
     if not shared:
         engine.model.shared.most_bytes = 0
     scores, places = BestScores(validation.labels), engine.capacity
@@ -153,11 +157,13 @@ def _padded(over: Literal["lane", "pack"] | None, pad_id: int) -> Iterator[dict[
     if over is None:
         yield rows
         return
-    from lorasweep.engines import pack_run
+    from lorasweep.engines.passes import Passes
 
-    original, counts = pack_run.lay_out, {"real": 0, "laid": 0}
+    original, counts = Passes.lay_out, {"real": 0, "laid": 0}
 
-    def lay_out(split: EncodedSplit, lanes: Sequence[Any], *more: Any, **named: Any) -> Any:
+    def lay_out(self: Any, split: EncodedSplit, lanes: Sequence[Any], *, training: bool) -> Any:
+        if not training:
+            return original(self, split, lanes, training=training)
         longest = [int(split.lengths[lane.rows].max(initial=0)) for lane in lanes]
         if over == "pack":
             longest = [max(longest)] * len(lanes)
@@ -170,9 +176,9 @@ def _padded(over: Literal["lane", "pack"] | None, pad_id: int) -> Iterator[dict[
         padded = [
             dataclasses.replace(lane, rows=own) for lane, own in zip(lanes, numbers, strict=True)
         ]
-        return original(made, padded, *more, **named)
+        return original(self, made, padded, training=training)
 
-    with mock.patch.object(pack_run, "lay_out", lay_out):
+    with mock.patch.object(Passes, "lay_out", lay_out):
         yield rows
     rows["real_share"] = counts["real"] / counts["laid"]
 

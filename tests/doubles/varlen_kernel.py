@@ -239,7 +239,7 @@ def batch_of_all(*, training: bool = False, filled: bool = False) -> PackedBatch
 
 def attend(batch: PackedBatch, given: list[Tensor], **how: object) -> Tensor:
     """Attend as transformers asks for it."""
-    module = SimpleNamespace(pack=SimpleNamespace(batch=batch), pack_key=77)
+    module = SimpleNamespace(pack=SimpleNamespace(now=SimpleNamespace(batch=batch)), pack_key=77)
     laid = [x.transpose(0, 1).unsqueeze(0) for x in given]
     found, weights = packed_attention(module, *laid, None, **how)
     assert weights is None

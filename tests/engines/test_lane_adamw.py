@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lane_numbers import leaf_of
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from lorasweep.engines.lane_adamw import LaneAdamW, LaneStep, _compiled, adamw, proven
@@ -42,10 +43,10 @@ def test_lanes_update_as_torchs_own_adamw_after_clipping():
         for lane, (setting, parameters) in enumerate(zip(settings, references, strict=True)):
             for name, parameter in parameters.items():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-                gradient = weights.parameter(name).grad
+                gradient = leaf_of(weights, name).grad
                 if gradient is None:
-                    gradient = torch.zeros_like(weights.parameter(name))
-                    weights.parameter(name).grad = gradient
+                    gradient = torch.zeros_like(leaf_of(weights, name))
+                    leaf_of(weights, name).grad = gradient
                 gradient[lane] = parameter.grad
             steps.append(LaneStep(**setting, step=step))
         weights.collect_gradients()
@@ -57,7 +58,7 @@ def test_lanes_update_as_torchs_own_adamw_after_clipping():
             optimizers[lane].step()
             for name, parameter in parameters.items():
                 torch.testing.assert_close(
-                    weights.parameter(name)[lane], parameter, rtol=1e-5, atol=1e-6
+                    leaf_of(weights, name)[lane], parameter, rtol=1e-5, atol=1e-6
                 )
 
 
@@ -158,16 +159,16 @@ def test_lanes_keep_their_state_when_others_come_go_and_widen_the_layout():
     weights.first[0] += 1
     state = weights.state(0, {"a": first.shape})
     weights.add([large, Block("b", (5,))], {"a": second, "b": torch.ones(5)})
-    assert weights.parameter("a").shape == (2, 4, 3)
-    assert torch.equal(weights.parameter("a")[0, :2], first)
-    assert not weights.parameter("a")[0, 2:].any()
-    assert not weights.parameter("b")[0].any()
+    assert leaf_of(weights, "a").shape == (2, 4, 3)
+    assert torch.equal(leaf_of(weights, "a")[0, :2], first)
+    assert not leaf_of(weights, "a")[0, 2:].any()
+    assert not leaf_of(weights, "b")[0].any()
     weights.weights[0] = torch.nan
     weights.keep([1])
-    assert torch.equal(weights.parameter("a")[0], second)
+    assert torch.equal(leaf_of(weights, "a")[0], second)
     assert torch.isfinite(weights.weights).all()
     weights.restore([small], state)
-    assert torch.equal(weights.parameter("a")[1, :2], first)
+    assert torch.equal(leaf_of(weights, "a")[1, :2], first)
     taken = weights.state(1, {"a": first.shape})
     assert torch.equal(taken.first["a"], torch.ones(2, 3))
     weights.keep([])

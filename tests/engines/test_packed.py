@@ -196,18 +196,21 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_step(engine, plan, 
         same(expected, recorder, number, NEIGHBOURS)
 
 
+@pytest.mark.parametrize(("parts", "failing"), [(1, (0,)), (2, (0,)), (2, (1,)), (2, (0, 1))])
 def test_what_the_failed_step_had_computed_is_gone_before_lanes_are_parked(
-    engine, plan, monkeypatch
+    parts, failing, engine, plan, monkeypatch
 ):
     """Else there may be no memory to park them in."""
     made, computed, alive = engine(2), [], []
+    made.passes.most, made.passes.fewest = parts, 1
     forward, park_half = made.model.forward, PackPlaces.park_half
 
     def tight(batch, *, training):
         logits = forward(batch, training=training)
-        if training and not computed:
+        if training and not made.use.steps and made.model.lanes == 2:
             computed.extend(weakref.ref(x) for x in (logits, batch.ids))
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            if batch.part in failing:
+                raise torch.OutOfMemoryError("CUDA out of memory")
         return logits
 
     def park(self):
@@ -217,7 +220,7 @@ def test_what_the_failed_step_had_computed_is_gone_before_lanes_are_parked(
     monkeypatch.setattr(made.model, "forward", tight)
     monkeypatch.setattr(PackPlaces, "park_half", park)
     run(made, [plan(1, epochs=1), plan(2, epochs=1)])
-    assert alive == [None] * 2
+    assert alive == [None] * 2 * parts
 
 
 def test_running_out_of_memory_while_evaluating_loses_no_evaluation(engine, plan, monkeypatch):

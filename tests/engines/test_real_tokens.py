@@ -171,7 +171,7 @@ def test_while_evaluating(rows, lanes, corpus, max_length, compute, split_of):
 def trained(split_of, open_tiny, make_plan, monkeypatch) -> Callable[[], PackedEngine]:
     """Train lanes that differ on real rows, in an engine that notes its batches."""
 
-    def make() -> PackedEngine:
+    def make(parts: int = 1) -> PackedEngine:
         base, split = open_tiny(base_dropout=0.0), split_of("sst2 sentences", 64)
         # A tiny base knows few tokens; only how many there are matters here.
         tokens = 5 + split.tokens % (base.config.vocab_size - 5)
@@ -181,14 +181,15 @@ def trained(split_of, open_tiny, make_plan, monkeypatch) -> Callable[[], PackedE
         )
         settings = EngineSettings(precision="fp32", device="cpu")
         engine = PackedEngine(base, train, validation, settings, 3)
+        engine.passes.most, engine.passes.fewest = parts, 128
         plans = [
             make_plan(n, seed=n, batch_size=size, epochs=epochs)
             for n, (size, epochs) in enumerate([(16, 2), (4, 1), (32, 3), (16, 1), (1, 1)])
         ]
         run_base = engine.model.run_base
 
-        def note(batch: PackedBatch, *, training: bool) -> torch.Tensor:
-            logits = run_base(batch, training=training)
+        def note(batch: PackedBatch, **how: object) -> torch.Tensor:
+            logits = run_base(batch, **how)
             engine.seen.append(batch)
             return logits
 
@@ -201,11 +202,13 @@ def trained(split_of, open_tiny, make_plan, monkeypatch) -> Callable[[], PackedE
     return make
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_as_the_engine_itself_lays_out_and_counts(compiled, trained, monkeypatch):
+def test_as_the_engine_itself_lays_out_and_counts(compiled, parts, trained, monkeypatch):
     if not compiled:
         monkeypatch.setattr(kernels, "_loaded", lambda: "not wanted")
-    engine = trained()
+    engine = trained(parts)
+    assert {batch.part for batch in engine.seen} == set(range(parts))
     assert {batch._buckets is None for batch in engine.seen} == {compiled}
     # In fit, which has streams of dropout, as in evaluation, which has none.
     kinds = {batch.streams is None for batch in engine.seen if batch.ids.numel() > batch.tokens}

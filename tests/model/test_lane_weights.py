@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lane_numbers import leaf_of
 
 from lorasweep.model import lane_weights as module
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
@@ -53,12 +54,12 @@ def run_out(monkeypatch: pytest.MonkeyPatch, call: int) -> list[int]:
 
 @pytest.mark.parametrize("call", range(1, 9))  # four matrices, three rows, decays
 def test_a_lane_that_finds_no_memory_leaves_all_as_it_was(call, weights, monkeypatch):
-    before, blocks, parameters = snapshot(weights), dict(weights.blocks), weights.parameter("a")
+    before, blocks, parameters = snapshot(weights), dict(weights.blocks), leaf_of(weights, "a")
     calls = run_out(monkeypatch, call)
     with pytest.raises(torch.OutOfMemoryError):
         weights.restore([Block("d", (7,))], state_of([Block("d", (7,))], 3))
     assert (weights.lanes, weights.blocks) == (3, blocks)
-    assert weights.parameter("a") is parameters
+    assert leaf_of(weights, "a") is parameters
     for now, then in zip(snapshot(weights), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     assert weights.restore([Block("d", (7,))], state_of([Block("d", (7,))], 3)) == 3
@@ -82,7 +83,7 @@ def test_a_lane_that_leaves_needs_no_memory_and_leaves_no_nan(call, weights, mon
     for matrix in (weights.weights, weights.gradients, weights.first, weights.second):
         assert torch.isfinite(matrix).all()
     # Parameters are those of the rows that are there now, and no gradient is left over.
-    weights.parameter("a").sum().backward()
+    leaf_of(weights, "a").sum().backward()
     weights.collect_gradients()
     expected_norms = torch.full((2,), weights.blocks["a"].size ** 0.5)
     torch.testing.assert_close(weights.gradient_norms(), expected_norms)
@@ -100,4 +101,29 @@ def test_another_order_is_never_made_in_place(weights, monkeypatch):
     for now, then in zip(snapshot(weights), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     weights.keep([2, 0])
-    torch.testing.assert_close(weights.parameter("b")[0], state_of(NARROW, 2).weights["b"])
+    torch.testing.assert_close(leaf_of(weights, "b")[0], state_of(NARROW, 2).weights["b"])
+
+
+def test_gradients_of_parts_are_summed_where_they_share_a_lane(weights):
+    weights.keep([0, 2])
+    weights.restore(NARROW, state_of(NARROW, 3))
+    expected = torch.zeros(3, *weights.blocks["a"].shape)
+    for number, lanes in enumerate((range(2), range(1, 3), range(1, 2))):
+        leaf = weights.part(lanes, number)["a"]
+        assert torch.equal(leaf, leaf_of(weights, "a")[lanes.start : lanes.stop])
+        leaf.sum().mul(number + 1.0).backward()
+        expected[lanes.start : lanes.stop] += number + 1.0
+    weights.collect_gradients()
+    assert torch.equal(weights.gradient("a"), expected)
+    assert not weights.gradient("b").any()
+    weights.collect_gradients()
+    assert not weights.gradients.any()  # nothing is counted twice
+
+
+def test_gradients_that_are_dropped_are_never_collected(weights):
+    weights.keep([0, 2])
+    for lanes, number in ((range(2), 0), (range(1), 0), (range(1, 2), 1)):
+        weights.part(lanes, number)["a"].sum().backward()
+    weights.drop_gradients()
+    weights.collect_gradients()
+    assert not weights.gradients.any()

@@ -159,6 +159,17 @@ def test_modernbert_pools_both_ways(pooling, open_tiny):
     assert pack.lanes == 0
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row_are_refused(kind, open_tiny):
+    """They would be those of whichever neighbour has the longest row."""
+    base = open_tiny("modernbert")
+    fresh = fresh_classifier(base, 0)
+    rotary = next(m for m in fresh.model.modules() if hasattr(m, "rope_type"))
+    rotary.rope_type["full_attention"] = kind
+    with pytest.raises(ModelError, match=rf"rotary positions \({kind}\) depend on the longest"):
+        PackedModel(fresh, CPU)
+
+
 def test_the_proof_can_fail(open_tiny, monkeypatch):
     monkeypatch.setattr(PackedModel, "_position_offset", lambda self: 1)
     with pytest.raises(ModelError, match="its logits would be off by"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftModel
@@ -137,14 +138,14 @@ class PackUse:
     bytes_per_lane: int | None = None
     idle_places: int = 0
 
-    def count(self, batch: PackedBatch, lanes: int, idle: int) -> None:
+    def count(self, parts: Sequence[PackedBatch], lanes: int, idle: int) -> None:
         """Add a pack step of so many lanes, with so many idle places."""
         self.steps += 1
         self.lane_steps += lanes
         self.idle_places += idle
-        self.count_tokens(batch)
+        self.count_tokens(parts)
 
-    def count_tokens(self, batch: PackedBatch) -> None:
-        """Add the tokens of a batch."""
-        self.tokens += batch.tokens
-        self.attended += batch.attended
+    def count_tokens(self, parts: Sequence[PackedBatch]) -> None:
+        """Add the tokens of a pass, of all its parts."""
+        self.tokens += sum(batch.tokens for batch in parts)
+        self.attended += sum(batch.attended for batch in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.packing import length_batches
-from lorasweep.model.packed_batch import LaneRows, lay_out
+from lorasweep.model.packed_batch import LaneRows, PackedBatch
+from lorasweep.model.packed_lora import PackedModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,15 +36,12 @@ def validation_logits(
     split = engine.validation
     batches = length_batches(split, engine.settings.eval_batch_size)
     nothing, found = np.zeros(0, dtype=np.int64), []
-    with torch.no_grad():
-        for rows in batches:
-            entries = [LaneRows(rows if lane in due else nothing) for lane in lanes]
-            batch = lay_out(
-                split, entries, engine.device, training=False, filled=engine.model.filled
-            )
-            found.append(engine.model.forward(batch, training=False).float())
-            engine.use.count_tokens(batch)
-        logits: Any = torch.cat(found).cpu().numpy()  # one wait for an accelerator, at the end
+    for rows in batches:
+        entries = [LaneRows(rows if lane in due else nothing) for lane in lanes]
+        parts = engine.passes.lay_out(split, entries, training=False)
+        found += engine.passes.each(partial(_score, engine.model), parts)
+        engine.use.count_tokens(parts)
+    logits: Any = torch.cat(found).cpu().numpy()  # one wait for an accelerator, at the end
     scored = [np.zeros((len(split), logits.shape[1]), dtype=np.float32) for _ in due]
     at = 0
     for rows in batches:
@@ -50,3 +49,8 @@ def validation_logits(
             result[rows] = logits[at : at + len(rows)]
             at += len(rows)
     return scored
+
+
+@torch.no_grad()
+def _score(model: PackedModel, batch: PackedBatch) -> torch.Tensor:
+    return model.forward(batch, training=False).float()

@@ -40,7 +40,6 @@ def lack_in(act: Callable[[], None]) -> str | None:
 
 def let_go(engine: PackedEngine) -> None:
     """Let go of what a pass left in the model, and of what the allocator keeps for the next."""
-    engine.model.forget_pass()
     engine.model.weights.drop_gradients()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()

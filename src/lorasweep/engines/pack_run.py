@@ -25,7 +25,7 @@ from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
 from lorasweep.model.lane_spans import lane_sums
-from lorasweep.model.packed_batch import LaneRows, lay_out
+from lorasweep.model.packed_batch import LaneRows, PackedBatch
 from lorasweep.model.packed_dropout import lane_key
 from lorasweep.model.packed_lora import release_frozen, write_values
 from lorasweep.model.transfer import OnItsWay
@@ -243,24 +243,29 @@ class PackRun:
 
     def _step(self) -> None:
         """One optimizer step of every lane."""
-        engine, model, lanes = self.engine, self.engine.model, self.places.lanes
-        batch = lay_out(
+        engine, lanes = self.engine, self.places.lanes
+        batches = engine.passes.lay_out(
             engine.train,
             [
                 LaneRows(lane.progress.next_rows(), lane_key(lane.plan.seed), lane.progress.step)
                 for lane in lanes
             ],
-            engine.device,
             training=True,
-            filled=model.filled,
         )
-        logits = model.forward(batch, training=True)
+        found = engine.passes.each(self._forth_and_back, batches)
+        losses = found[0].new_zeros(len(lanes))
+        for batch, part in zip(batches, found, strict=True):
+            losses[batch.lanes.start : batch.lanes.stop] += part
+        engine.use.count(batches, len(lanes), self.places.idle)
+        self._finish_step(losses)
+
+    def _forth_and_back(self, batch: PackedBatch) -> torch.Tensor:
+        """Leave gradients at the parameters of a batch's lanes, and return their losses."""
+        logits = self.engine.model.forward(batch, training=True)
         each = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
-        losses = lane_sums(each.detach().unsqueeze(1), batch.row_spans).squeeze(1)
         # Lanes share no weight, so the gradient of the sum is each lane's own gradient.
         each.sum().backward()
-        engine.use.count(batch, len(lanes), self.places.idle)
-        self._finish_step(losses)
+        return lane_sums(each.detach().unsqueeze(1), batch.row_spans).squeeze(1)
 
     def _finish_step(self, losses: torch.Tensor) -> None:
         """Update all lanes, and report the losses that have arrived."""

@@ -27,6 +27,7 @@ from lorasweep.engines.lane_checkpoint import LaneCheckpoints
 from lorasweep.engines.lane_memory import free_bytes, lane_bytes
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packing import Progress, lanes_that_fit
+from lorasweep.engines.passes import Passes
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.heap import keep_freed_memory
@@ -53,6 +54,7 @@ class PackedEngine:
 
     Attributes:
         model: The base that all trials share.
+        passes: Take rows through it.
         use: What was done so far.
         checkpoints: Of the lanes under way.
         adamw: Updates them.
@@ -93,6 +95,7 @@ class PackedEngine:
             keep_freed_memory()
         self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
+        self.passes = Passes(self.model)
         self.adamw = LaneAdamW(self.device)
 
     @property

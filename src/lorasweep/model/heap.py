@@ -6,7 +6,7 @@ import ctypes
 import platform
 
 # glibc's names for what mallopt sets (malloc.h).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -2, -3, -8
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 _TOP = 256 << 20
 
@@ -23,6 +23,8 @@ def keep_freed_memory() -> None:
     libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_TOP_PAD, _TOP)
+    # Threads to come share heaps with those that are there: each of its own would keep memory.
+    libc.mallopt(_MOST_ARENAS, 1)
 
 
 def give_freed_memory_back() -> None:

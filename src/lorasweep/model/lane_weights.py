@@ -105,6 +105,7 @@ class LaneWeights:
     first: Tensor
     second: Tensor
     decays: Tensor
+    _parts: dict[tuple[int, range], dict[str, Tensor]]
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device = device
@@ -127,9 +128,21 @@ class LaneWeights:
         """Numbers a lane, alignment included."""
         return self._layout.width
 
-    def parameter(self, name: str) -> Tensor:
-        """Return all lanes' values of a parameter, ``(lanes, *shape)``; a leaf with a gradient."""
-        return self._parameters[name]
+    def part(self, lanes: range, number: int = 0) -> dict[str, Tensor]:
+        """Return all parameters of some lanes, ``(lanes, *shape)`` each; leaves with gradients.
+
+        Args:
+            lanes: Whose.
+            number: Parts of another number have leaves of their own, so that several passes may
+                go back at the same time, also if a lane is in more than one of them.
+        """
+        if (number, lanes) not in self._parts:
+            rows = self.weights[lanes.start : lanes.stop]
+            self._parts[number, lanes] = {
+                name: self._layout.view(rows, name).detach().requires_grad_()
+                for name in self.blocks
+            }
+        return self._parts[number, lanes]
 
     def gradient(self, name: str) -> Tensor:
         """Return all lanes' collected gradients of a parameter, ``(lanes, *shape)``."""
@@ -202,17 +215,21 @@ class LaneWeights:
         Autograd could write there directly but for a warning about strided gradients, and a
         parameter that took no part must count as zero.
         """
-        for name, parameter in self._parameters.items():
-            view = self._layout.view(self.gradients, name)
-            if parameter.grad is None:
-                view.zero_()
-            else:
-                view.copy_(parameter.grad)
-                parameter.grad = None
+        self.gradients.zero_()
+        # In the order of the parts, not in that in which threads came to them: sums round.
+        for (_, lanes), leaves in sorted(self._parts.items(), key=lambda part: part[0][0]):
+            rows = self.gradients[lanes.start : lanes.stop]
+            for name, parameter in leaves.items():
+                if parameter.grad is not None:
+                    self._layout.view(rows, name).add_(parameter.grad)
+        self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget what an unfinished backward pass left behind."""
-        for parameter in self._parameters.values():
+        # Other parts won't come back as they were: rows are cut elsewhere in every step.
+        whole = (0, range(self.lanes))
+        self._parts = {which: part for which, part in self._parts.items() if which == whole}
+        for parameter in self._parts.get(whole, {}).values():
             parameter.grad = None
 
     def gradient_norms(self) -> Tensor:
@@ -268,10 +285,7 @@ class LaneWeights:
         """Take over what was made for these lanes; it takes no memory for numbers itself."""
         self._owned, self._layout, self.decays = owned, layout, decays
         self.weights, self.first, self.second, self.gradients = matrices
-        self._parameters = {
-            name: layout.view(self.weights, name).detach().requires_grad_()
-            for name in layout.blocks
-        }
+        self._parts = {}
 
     def _zeros(self, lanes: int, width: int) -> Tensor:
         return torch.zeros(lanes, width, device=self.device, dtype=self.dtype)

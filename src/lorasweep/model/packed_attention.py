@@ -75,7 +75,7 @@ def packed_attention(
     """Attend inside each row: the function that transformers calls, for all tokens at once.
 
     Args:
-        module: The attention module; ``module.pack`` knows the batch (see ``packed_lora``).
+        module: The attention module; ``module.pack.now`` knows the batch.
         query: ``(1, heads, tokens, width)``, or with rows instead of tokens.
         key: ``(1, heads, tokens, width)``.
         value: As ``key``.
@@ -88,14 +88,13 @@ def packed_attention(
         ``(1, tokens, heads, width)``, and None for the weights.
     """
     del attention_mask
-    pack = module.pack
+    batch = module.pack.now.batch
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     masked = None
-    if dropout > 0 and pack.batch.streams is not None:
-        masked = AttentionDropout(pack.batch.streams, module.pack_key, dropout)
+    if dropout > 0 and batch.streams is not None:
+        masked = AttentionDropout(batch.streams, module.pack_key, dropout)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    batch = pack.batch
     first_only = len(q) != len(k)
     if kernels_for(q) is not None:
         places = batch.places(first_only=first_only)

@@ -27,11 +27,13 @@ class LaneRows:
         rows: Indices into the split, int64 ``(rows,)``, in the order of the lane's own batch.
         key: Of the trial's dropout, from :func:`lorasweep.model.packed_dropout.lane_key`.
         step: The trial's own step, which its dropout masks depend on.
+        of: How many rows the lane's whole batch has, where these are a part of it.
     """
 
     rows: NDArray[np.int64]
     key: int = 0
     step: int = 0
+    of: int | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class PackedBatch:
         streams, row_streams: Dropout streams of tokens, and rows; None outside training.
         lane_streams: One for each lane, for what all of its rows share.
         split_tokens: Where each token lies in its split, int64 ``(tokens,)``.
+        lanes: Which of the pack's lanes these are.
+        part: Which part of a step it is, where one is cut in several.
     """
 
     split: EncodedSplit
@@ -75,6 +79,8 @@ class PackedBatch:
     row_streams: Tensor | None
     lane_streams: Tensor | None
     split_tokens: Tensor
+    lanes: range
+    part: int = 0
     _buckets: Buckets | None = None
     _places: dict[bool, RowPlaces] = field(default_factory=dict)
 
@@ -131,6 +137,8 @@ def lay_out(
     *,
     training: bool,
     filled: bool = False,
+    first_lane: int = 0,
+    part: int = 0,
 ) -> PackedBatch:
     """Gather each lane's rows into one batch.
 
@@ -140,6 +148,8 @@ def lay_out(
         device: Where the batch shall lie.
         training: Make dropout streams.
         filled: Round lanes and the whole up by filling tokens, see :func:`filled_up`.
+        first_lane: Which of the pack's lanes the first entry is.
+        part: Which part of a step it is.
     """
     rows = np.concatenate([lane.rows for lane in lanes])
     per_lane = np.array([len(lane.rows) for lane in lanes], dtype=np.int64)
@@ -164,7 +174,8 @@ def lay_out(
         return found
 
     split_tokens = split.offsets[rows][token_row] + positions
-    weight = (1.0 / np.maximum(per_lane, 1)).astype(np.float32)
+    counts = [lane.of or max(1, len(lane.rows)) for lane in lanes]
+    weight = (1.0 / np.array(counts)).astype(np.float32)
     arrays: dict[str, NDArray[Any]] = {
         "ids": spread(split.tokens[split_tokens].astype(np.int64)),
         "positions": spread(positions),
@@ -189,7 +200,8 @@ def lay_out(
         none = np.full(len(lanes), -1, dtype=np.int64)
         arrays["streams"], arrays["row_streams"] = spread(made), made[starts]
         arrays["lane_streams"] = token_keys(keys, steps, none, none)
-    return _batch(split, arrays, lengths, device)
+    which = range(first_lane, first_lane + len(lanes))
+    return _batch(split, arrays, lengths, device, which, part)
 
 
 def _batch(
@@ -197,6 +209,8 @@ def _batch(
     arrays: dict[str, NDArray[Any]],
     lengths: NDArray[np.int64],
     device: torch.device,
+    lanes: range,
+    part: int,
 ) -> PackedBatch:
     """Bring what was laid out to the device."""
 
@@ -222,6 +236,8 @@ def _batch(
         row_streams=there.get("row_streams"),
         lane_streams=there.get("lane_streams"),
         split_tokens=there["split_tokens"],
+        lanes=lanes,
+        part=part,
     )
 
 

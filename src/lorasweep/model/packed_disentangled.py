@@ -81,7 +81,7 @@ class PackedDisentangled(PackedModule):
         self, hidden_states: Tensor, *_args: Any, rel_embeddings: Tensor | None = None, **_kw: Any
     ) -> tuple[Tensor, None]:
         """Attend: ``(1, tokens, hidden)`` to the same shape, and None for the weights."""
-        batch = self.pack.batch
+        batch = self.pack.now.batch
         laid = [
             project(hidden_states)[0].unflatten(1, (self.heads, -1))
             for project in (self.query_proj, self.key_proj, self.value_proj)
@@ -114,10 +114,11 @@ class PackedDisentangled(PackedModule):
             lowest = torch.finfo(scores.dtype).min
             scores = scores.masked_fill(~bucket.real[:, None, None, :], lowest)
         weights = torch.softmax(scores, -1)
-        streams = self.pack.batch.streams
+        batch = self.pack.now.batch
+        streams = batch.streams
         if self.training and self.dropout.p > 0 and streams is not None:
             dropout = AttentionDropout(streams, self.pack_key, self.dropout.p)
-            mask = dropout.mask(self.pack.batch.buckets, bucket, self.heads)
+            mask = dropout.mask(batch.buckets, bucket, self.heads)
             weights = Dropout.apply(weights, mask, dropout.scale)
         return weights
 
@@ -142,8 +143,8 @@ class PackedDisentangled(PackedModule):
             return None, None
         lowest = relative.lowest
         used = embeddings[lowest : relative.highest + 1]
-        side = self.pack.shared_side(len(used), lowest)
-        lanes = self.pack.lanes
+        now = self.pack.now
+        side, lanes = now.shared_side(len(used), lowest), now.lanes
         spread = self.pos_dropout(used.repeat(lanes, 1).unsqueeze(0), side)
 
         def projected(layer: Any) -> Tensor:

@@ -7,6 +7,7 @@ knows where rows end. After the last layer only each row's first token (or mean)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,13 +22,12 @@ from transformers import Trainer
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
 from lorasweep.model.kernels import kernels_for
-from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
 from lorasweep.model.packed_check import PackedCheck, refused
 from lorasweep.model.packed_disentangled import carries_disentangled
-from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte, scrambled
+from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte
 from lorasweep.model.packed_last_layer import spare_last_layer
 from lorasweep.model.packed_modules import (
     AdaptableLinear,
@@ -38,6 +38,7 @@ from lorasweep.model.packed_modules import (
     replace_output,
     row_means,
 )
+from lorasweep.model.packed_pass import LaneFactors, Pass, Start
 from lorasweep.model.packed_shared import SharedLayers
 from lorasweep.model.transfer import on_device
 
@@ -61,24 +62,6 @@ class LaneSettings:
     dropout: float
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """The batch as layers see it: token by token, or (after pooling) row by row.
-
-    Attributes:
-        spans: Which entries are whose.
-        streams: Dropout streams, int64 ``(entries,)``; None outside training.
-        scaling: Of each entry's adapter, ``(entries, 1)``, dropout's rescaling included.
-        rate: Dropout byte of each entry's adapter, int16 ``(entries, 1)``; None where no
-            lane drops anything.
-    """
-
-    spans: LaneSpans
-    streams: Tensor | None
-    scaling: Tensor
-    rate: Tensor | None
-
-
 class PackedModel:
     """A base with as many adapters and heads as there are lanes.
 
@@ -93,12 +76,9 @@ class PackedModel:
 
     Attributes:
         weights: What is trained, of all lanes.
-        batch: The batch of the current pass.
         shared: The layers below the first adapted one.
-        passes: How many passes there have been.
     """
 
-    batch: PackedBatch
     weights: LaneWeights
     device: torch.device
     dtype: torch.dtype
@@ -109,11 +89,12 @@ class PackedModel:
         self.base = fresh.base
         self.whole = trained_whole(fresh)
         self.model = fresh.model
+        if unfit := _changing_positions(self.model):
+            raise refused(self.base, unfit)
         check = PackedCheck(fresh, self.whole)
-        self.passes = 0
-        self._sides: dict[int, Side] = {}
+        self._passes: dict[int, Pass] = {}
         self._settings: list[LaneSettings] = []
-        self._factors: dict[bool, tuple[Tensor, Tensor | None]] = {}
+        self._factors: dict[bool, LaneFactors] = {}
         self._replace_modules()
         self._place_hooks()
         for parameter in self.model.parameters():
@@ -193,71 +174,39 @@ class PackedModel:
     # -- a pass ------------------------------------------------------------------------
 
     def forward(self, batch: PackedBatch, *, training: bool) -> Tensor:
-        """Return logits, float32 ``(rows, labels)``, in the batch's row order."""
-        self.shared.prepare(batch, training)
-        return self.run_base(batch, training=training)
+        """Return logits, float32 ``(rows, labels)``, in the batch's row order.
 
-    def run_base(self, batch: PackedBatch, *, training: bool) -> Tensor:
-        """Do a pass from where :attr:`shared` says; :meth:`forward` is what callers want."""
-        self.batch = batch
-        self.passes += 1
-        self._sides = {}
-        self._make_sides(training)
+        Several threads may be in here at the same time, if they are all training or none is, if
+        their batches are different parts, and if ``shared.keep`` was called before. None may be
+        while lanes come and go.
+        """
+        start = self.shared.start(batch, training)
+        return self.run_base(batch, training=training, start=start)
+
+    def run_base(self, batch: PackedBatch, *, training: bool, start: Start | None = None) -> Tensor:
+        """Do a pass from a given start; :meth:`forward` is what callers want."""
+        lanes, thread = batch.lanes, threading.get_ident()
+        factors = self._lane_factors(training).of(lanes)
+        self._passes[thread] = Pass(batch, self.weights.part(lanes, batch.part), factors, start)
         self.model.train(training)
-        output = self.model(
-            input_ids=batch.ids,
-            position_ids=batch.positions + self.position_offset,
-            attention_mask=self._attention_mask(),
-        )
+        try:
+            output = self.model(
+                input_ids=batch.ids,
+                position_ids=batch.positions + self.position_offset,
+                attention_mask=self._attention_mask(batch),
+            )
+        finally:
+            del self._passes[thread]
         logits: Tensor = output.logits
         return logits.to(self.weights.dtype)
 
-    def forget_pass(self) -> None:
-        """Let go of what the last pass left here."""
-        self.__dict__.pop("batch", None)
-        self._sides = {}
-        self.shared.forget_pass()
+    @property
+    def now(self) -> Pass:
+        """The pass that the calling thread is in."""
+        return self._passes[threading.get_ident()]
 
-    def side(self, entries: int) -> Side:
-        """Return the batch as seen by a layer with this many input vectors."""
-        return self._sides[entries]
-
-    def shared_side(self, entries: int, first: int) -> Side:
-        """Return the side of what all rows share, repeated for each lane.
-
-        Args:
-            entries: How many vectors each lane has; they lie lane after lane.
-            first: Number of the first one, so that its dropout doesn't depend on the others.
-        """
-        lanes = torch.arange(self.lanes, device=self.device)
-        lane = lanes.repeat_interleave(entries)
-        streams = None
-        if self.batch.lane_streams is not None:
-            number = torch.arange(first, first + entries, device=self.device)
-            streams = scrambled(self.batch.lane_streams[:, None] + number[None, :]).flatten()
-        return Side(
-            spans=LaneSpans(((lanes + 1) * entries).to(torch.int32), lane, entries),
-            streams=streams,
-            scaling=self._scaling.index_select(0, lane).unsqueeze(1),
-            rate=None if self._rate is None else self._rate.index_select(0, lane).unsqueeze(1),
-        )
-
-    def _make_sides(self, training: bool) -> None:
-        batch = self.batch
-        self._scaling, self._rate = scaling, rate = self._lane_factors(training)
-        for spans, streams in (
-            (batch.row_spans, batch.row_streams),
-            (batch.token_spans, batch.streams),
-        ):
-            self._sides[len(spans.lane)] = Side(
-                spans=spans,
-                streams=streams,
-                scaling=scaling.index_select(0, spans.lane).unsqueeze(1),
-                rate=None if rate is None else rate.index_select(0, spans.lane).unsqueeze(1),
-            )
-
-    def _lane_factors(self, training: bool) -> tuple[Tensor, Tensor | None]:
-        """Scaling and dropout byte of each lane, ``(lanes,)`` each; made anew for other lanes."""
+    def _lane_factors(self, training: bool) -> LaneFactors:
+        """Return what all lanes' adapters multiply by; made anew for other lanes."""
         if training not in self._factors:
             rates = [rate_byte(setting.dropout) if training else 0 for setting in self._settings]
             scales = [
@@ -265,21 +214,19 @@ class PackedModel:
                 for setting in self._settings
             ]
             scaling, rate = on_device([np.array(scales), np.array(rates, np.int16)], self.device)
-            self._factors[training] = (
-                scaling.to(self.weights.dtype),
-                rate if any(rates) else None,
-            )
+            scaling = scaling.to(self.weights.dtype)
+            self._factors[training] = LaneFactors(scaling, rate if any(rates) else None)
         return self._factors[training]
 
     def _add_settings(self, settings: LaneSettings) -> None:
         self._settings.append(settings)
         self._factors.clear()
 
-    def _attention_mask(self) -> Tensor | None:
+    def _attention_mask(self, batch: PackedBatch) -> Tensor | None:
         """None, but for ModernBERT's mean, which divides by it after the rows were averaged."""
         if not self._pools_means:
             return None
-        return torch.ones(len(self.batch.first), 1, device=self.device, dtype=torch.int64)
+        return torch.ones(len(batch.first), 1, device=self.device, dtype=torch.int64)
 
     # -- changing the base -------------------------------------------------------------
 
@@ -340,6 +287,16 @@ class PackedModel:
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return 0 if module.padding_idx is None else module.padding_idx + 1
         return 0
+
+
+def _changing_positions(model: nn.Module) -> str:
+    """Say so where rotary frequencies change with the longest row, whosever that is."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind == "longrope" or "dynamic" in str(kind):
+                return f"its rotary positions ({kind}) depend on the longest row of a batch"
+    return ""
 
 
 def trained_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, str]]:

@@ -17,7 +17,8 @@ from lorasweep.model.packed_dropout import Dropout, Mask, kept_scale, module_key
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 
 if TYPE_CHECKING:
-    from lorasweep.model.packed_lora import PackedModel, Side
+    from lorasweep.model.packed_lora import PackedModel
+    from lorasweep.model.packed_pass import Side
 
 
 class PackedModule(nn.Module):
@@ -58,18 +59,18 @@ class AdaptableLinear(PackedModule):
             x: The input.
             side: Whose each vector is, where they are neither tokens nor rows.
         """
-        weights = self.pack.weights
-        if self.down not in weights:
+        if self.down not in self.pack.weights:
             return F.linear(x, self.weight, self.bias)
+        now = self.pack.now
         flat = x.reshape(-1, self.in_features)
-        side = side or self.pack.side(flat.shape[0])
+        side = side or now.side(flat.shape[0])
         mask = None
         if side.rate is not None and side.streams is not None:
             mask = Mask(side.streams, self.pack_key, side.rate)
         y = adapted_linear(
             flat,
-            weights.parameter(self.down),
-            weights.parameter(self.up),
+            now.parameters[self.down],
+            now.parameters[self.up],
             self.weight,
             self.bias,
             side.scaling,
@@ -89,12 +90,11 @@ class LaneLinearLayer(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply each lane's layer to its rows, ``(…, in)``."""
-        weights = self.pack.weights
-        weight = weights.parameter(f"{self.pack_name}.weight")
-        bias = weights.parameter(f"{self.pack_name}.bias") if self.biased else None
+        now = self.pack.now
+        weight = now.parameters[f"{self.pack_name}.weight"]
+        bias = now.parameters[f"{self.pack_name}.bias"] if self.biased else None
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        side = self.pack.side(flat.shape[0])
-        y = lane_linear(flat, weight, bias, side.spans)
+        y = lane_linear(flat, weight, bias, now.side(flat.shape[0]).spans)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -108,13 +108,13 @@ class LaneLayerNorm(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(…, hidden)``."""
-        weights = self.pack.weights
-        scale = weights.parameter(f"{self.pack_name}.weight")
+        now = self.pack.now
+        scale = now.parameters[f"{self.pack_name}.weight"]
         flat = x.reshape(-1, x.shape[-1]).to(scale.dtype)
-        spans = self.pack.side(flat.shape[0]).spans
+        spans = now.side(flat.shape[0]).spans
         y = F.layer_norm(flat, self.normalized_shape, eps=self.eps) * lane_repeat(scale, spans)
         if self.biased:
-            y = y + lane_repeat(weights.parameter(f"{self.pack_name}.bias"), spans)
+            y = y + lane_repeat(now.parameters[f"{self.pack_name}.bias"], spans)
         return y.view(x.shape)
 
 
@@ -131,28 +131,22 @@ class KeyedDropout(PackedModule):
     def __init__(self, pack: PackedModel, name: str, rate: float) -> None:
         super().__init__(pack, name)
         self.p = rate
-        self._keys = [self.pack_key]
-        self._pass, self._calls = 0, 0
 
     def forward(self, x: Tensor, side: Side | None = None) -> Tensor:
         """Drop elements of ``(…, hidden)`` while training; ``side`` as in AdaptableLinear."""
         if not self.training or self.p == 0:
             return x
-        side = side or self.pack.side(x.numel() // x.shape[-1])
+        now = self.pack.now
+        side = side or now.side(x.numel() // x.shape[-1])
         if side.streams is None:
             return x
-        mask = Mask(side.streams, self._next_key(), rate_byte(self.p))
+        mask = Mask(side.streams, self._key(now.call(self.pack_name)), rate_byte(self.p))
         result: Tensor = Dropout.apply(x, mask, kept_scale(self.p))
         return result
 
-    def _next_key(self) -> int:
-        """Return the key of this call's mask: by its number in the pass, whatever was before."""
-        if self._pass != self.pack.passes:
-            self._pass, self._calls = self.pack.passes, 0
-        if self._calls == len(self._keys):
-            self._keys.append(module_key(f"{self.pack_name} {self._calls}"))
-        self._calls += 1
-        return self._keys[self._calls - 1]
+    def _key(self, call: int) -> int:
+        """Return the key of a call's mask, by its number in the pass."""
+        return self.pack_key if call == 0 else module_key(f"{self.pack_name} {call}")
 
 
 def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
@@ -162,12 +156,12 @@ def first_tokens(pack: PackedModel, hidden: Tensor) -> Tensor:
     """
     if hidden.shape[1] == 1:
         return hidden
-    return hidden[0].index_select(0, pack.batch.first).unsqueeze(1)
+    return hidden[0].index_select(0, pack.now.batch.first).unsqueeze(1)
 
 
 def row_means(pack: PackedModel, hidden: Tensor) -> Tensor:
     """Average ``(1, tokens, hidden)`` over the tokens of each row: ``(rows, 1, hidden)``."""
-    batch = pack.batch
+    batch = pack.now.batch
     tokens = hidden[0] if batch.real is None else hidden[0].index_select(0, batch.real)
     lengths = batch.row_lengths
     # Unsafe: without checking lengths on the host, which would have to wait for them.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.packed_batch import LaneRows, PackedBatch, lay_out
 from lorasweep.model.packed_modules import KeyedDropout
+from lorasweep.model.packed_pass import Start
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
@@ -48,8 +49,6 @@ class SharedLayers:
         self.prefix = f"{name}."
         self.most_bytes = 0
         self._kept: dict[int, tuple[EncodedSplit, int, Tensor]] = {}
-        self._from: int | None = None
-        self._look_up: Tensor | None = None
         self._tuples = False
         self._still = not any(
             module.p
@@ -63,19 +62,27 @@ class SharedLayers:
         for number, layer in enumerate(layers):
             self._make_skippable(number, layer)
 
-    def prepare(self, batch: PackedBatch, training: bool) -> None:
-        """Before a pass: see from which layer on it has to be computed."""
-        self.forget_pass()
-        first = self._first_adapted()
-        if first == 0 or not batch.tokens or (training and not self._still):
-            return
-        hidden = self._hidden(batch.split, first)
-        if hidden is not None:
-            self._from, self._look_up = first, hidden.index_select(0, batch.split_tokens)
+    def keep(self, split: EncodedSplit, training: bool) -> tuple[int, Tensor] | None:
+        """Compute what passes over a split look up, unless it is kept or can't be.
 
-    def forget_pass(self) -> None:
-        """Let go of what was looked up for the last pass."""
-        self._from = self._look_up = None
+        Passes do so themselves when they need it; but of several at the same time, each would.
+
+        Returns:
+            The first layer that is still to be computed, and what goes into it for each token of
+            the split, ``(tokens, hidden)``; None where all layers are.
+        """
+        first = self._first_adapted()
+        if first == 0 or (training and not self._still):
+            return None
+        hidden = self._hidden(split, first)
+        return None if hidden is None else (first, hidden)
+
+    def start(self, batch: PackedBatch, training: bool) -> Start | None:
+        """Say from which layer on a batch has to be computed; None for all of them."""
+        if not batch.tokens or (kept := self.keep(batch.split, training)) is None:
+            return None
+        first, hidden = kept
+        return Start(first, hidden.index_select(0, batch.split_tokens))
 
     def forget(self) -> None:
         """Drop what was kept."""
@@ -108,15 +115,14 @@ class SharedLayers:
         for at in range(0, len(order), _ROWS_AT_ONCE):
             rows = LaneRows(order[at : at + _ROWS_AT_ONCE])
             batch = lay_out(split, [rows], self.pack.device, training=False)
-            self._from = first
-            found.index_copy_(0, batch.split_tokens, self._reach(batch))
+            found.index_copy_(0, batch.split_tokens, self._reach(batch, first))
         self._kept[id(split)] = (split, first, found)
         return found
 
-    def _reach(self, batch: PackedBatch) -> Tensor:
+    def _reach(self, batch: PackedBatch, layer: int) -> Tensor:
         try:
             with torch.no_grad():
-                self.pack.run_base(batch, training=False)
+                self.pack.run_base(batch, training=False, start=Start(layer, None))
         except _ReachedError as reached:
             return reached.hidden[0]
         raise AssertionError("the layer was never reached")
@@ -125,13 +131,13 @@ class SharedLayers:
         original = layer.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._from is not None and self._look_up is not None:
-                if number < self._from:
-                    return (hidden_states, None) if self._tuples else hidden_states
-                if number == self._from:
-                    hidden_states = self._look_up.unsqueeze(0)
-            elif number == self._from:  # nothing to look up yet: this pass is to find it
-                raise _ReachedError(hidden_states)
+            start = self.pack.now.start
+            if start is not None and number == start.layer:
+                if start.hidden is None:
+                    raise _ReachedError(hidden_states)
+                hidden_states = start.hidden.unsqueeze(0)
+            elif start is not None and start.hidden is not None and number < start.layer:
+                return (hidden_states, None) if self._tuples else hidden_states
             output = original(hidden_states, *args, **kwargs)
             self._tuples = isinstance(output, tuple)
             return output
