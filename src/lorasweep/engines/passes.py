@@ -19,7 +19,7 @@ from lorasweep.model.packed_lora import PackedModel
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# Where parts have fewer on average, two of them take longer than the whole (decision 11).
+# With fewer, two parts take as long as the whole (docs/decisions/0011-halves-of-a-pass.md).
 _FEWEST_TOKENS = 1024
 
 
