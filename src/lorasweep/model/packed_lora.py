@@ -188,8 +188,8 @@ class PackedModel:
         lanes, thread = batch.lanes, threading.get_ident()
         factors = self._lane_factors(training).of(lanes)
         self._passes[thread] = Pass(batch, self.weights.part(lanes, batch.part), factors, start)
-        self.model.train(training)
         try:
+            self.model.train(training)
             output = self.model(
                 input_ids=batch.ids,
                 position_ids=batch.positions + self.position_offset,
