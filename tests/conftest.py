@@ -17,6 +17,10 @@ os.environ.update(
     DO_NOT_TRACK="true",
     MPLBACKEND="agg",
 )
+# Most tests hold what a CPU does, also where there is a GPU; those that may run on one are named
+# in docs/decisions/0010-nobody-waits-for-the-accelerator.md.
+if "LORASWEEP_TEST_DEVICE" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: run it there by name, ``pytest tests/engines/cuda_checks.py``.
+"""What only a GPU can show: ``LORASWEEP_TEST_DEVICE=cuda pytest tests/engines/cuda_checks.py``.
 
 Not among the tests that are collected, since a test that finds no GPU would have to fail.
 """
@@ -78,11 +78,11 @@ def test_no_step_makes_the_host_wait(
     plans = [make_plan(n, seed=n, adapter=AdapterPlan(2 * n, 8.0, 0.1)) for n in (1, 2)]
     run = PackRun(engine, iter(plans), Recorder())
     list(run._fill())
-    run._step()  # compiles, and tries kernels out
+    run.steps.take()  # compiles, and tries kernels out
     try:
         torch.cuda.set_sync_debug_mode("error")
-        run._step()
-        run._step()
+        run.steps.take()
+        run.steps.take()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert engine.adamw._arithmetic is not adamw  # it would be, had it waited

@@ -21,7 +21,7 @@ from conftest import tokens_split
 from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.engines import packed
-from lorasweep.engines.pack_run import PackRun
+from lorasweep.engines.pack_steps import PackSteps
 from lorasweep.model.base import Base, open_base
 from lorasweep.model.lane_weights import LaneWeights
 from lorasweep.spec.schema import ModelSpec
@@ -94,20 +94,20 @@ def run_pack(base: Base, device: torch.device, folder: Path, plans: int = 5) -> 
 
 def run_simulated(base: Base, folder: Path, plans: int = 5) -> dict[str, Any]:
     """Train on the simulated device, and tell where the host waited, and when."""
-    steps, original = 0, PackRun._step
+    steps, original = 0, PackSteps.take
 
-    def step(self: PackRun, *args: Any, **kwargs: Any) -> Any:
+    def step(self: PackSteps, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
         with simulated.during("step"):
             return original(self, *args, **kwargs)
 
     with SimulatedDevice() as simulated:
-        PackRun._step = step  # type: ignore[method-assign]
+        PackSteps.take = step  # type: ignore[method-assign]
         try:
             told = run_pack(base, DEVICE, folder, plans)
         finally:
-            PackRun._step = original  # type: ignore[method-assign]
+            PackSteps.take = original  # type: ignore[method-assign]
     for name, during in (("waits_in_steps", "step"), ("waits_elsewhere", "")):
         found = {f"{w.kind}, {w.place}" for w in simulated.waits if w.during == during}
         told[name] = sorted(found)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -259,6 +260,15 @@ def test_an_error_is_raised_when_all_parts_have_ended(engine, splits):
     assert ended == [1]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """What Ctrl-C does in a command; a shell's background jobs begin with it switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_what_is_under_way(engine, splits):
     made, both = engine(2), threading.Barrier(2)
     rows = [LaneRows(np.arange(10)), LaneRows(np.arange(10, 20))]

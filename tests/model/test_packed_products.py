@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 from lane_numbers import SPANS, numbers
 
+from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
+from lorasweep.model.lane_adapter import trained_parameters
+from lorasweep.model.packed_attention import packed_attention
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import Mask, rate_byte
-from lorasweep.model.packed_lora import LaneSettings, PackedModel, trained_parameters
+from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.packed_modules import AdaptableLinear
 from lorasweep.model.packed_products import adapted_linear, lane_linear
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import bucket_bounds, make_buckets
-from lorasweep.model.scoring import pad_rows
+from lorasweep.model.scoring import pad_rows, predict_logits
 
 CPU = torch.device("cpu")
 
@@ -168,6 +171,49 @@ def test_positions_that_depend_on_the_longest_row_are_refused(kind, open_tiny):
     rotary.rope_type["full_attention"] = kind
     with pytest.raises(ModelError, match=rf"rotary positions \({kind}\) depend on the longest"):
         PackedModel(fresh, CPU)
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "bert"])
+def test_a_padding_token_that_a_text_spells_out_is_numbered_as_in_the_plain_model(
+    architecture, open_tiny
+):
+    """Tokenizers take it for the token, and RoBERTa leaves it out when it counts positions."""
+    base = open_tiny(architecture)
+    pad = base.pad_id
+    rows = [[7, 9, pad, 8, 3, 11], [pad, pad, 6, 9], [9, 7, 8, 6, pad], [12, 9, 8]]
+    split = EncodedSplit(
+        name="spelt out",
+        tokens=np.concatenate(rows).astype(np.int32),
+        offsets=np.cumsum([0, *map(len, rows)]).astype(np.int64),
+        labels=np.zeros(len(rows), dtype=np.int64),
+    )
+    plain = fresh_classifier(base, 0).model
+    expected = predict_logits(plain, split, pad_id=pad, batch_size=2, device=CPU)
+    pack = PackedModel(fresh_classifier(base, 0), CPU)
+    model = attach(fresh_classifier(base, 0), AdapterPlan(2, 4.0), 0)  # B is 0: it adds nothing
+    pack.add_lane(model, LaneSettings(2.0, 0.0))
+    batch = lay_out(split, [LaneRows(np.arange(4))], CPU, training=False, filled=pack.filled)
+    with torch.no_grad():
+        found = pack.forward(batch, training=False).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_query_heads_that_share_key_heads_are_refused_before_anything_reads_them():
+    query, key = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="4 query heads share 2 key heads"):
+        packed_attention(None, query, key, key, None)
+
+
+@pytest.mark.parametrize("part", ["_replace_modules", "_place_hooks"])
+def test_a_base_whose_code_is_another_than_expected_is_refused_and_no_crash(
+    part, open_tiny, monkeypatch
+):
+    def unknown(self: PackedModel) -> None:
+        raise AttributeError("'Encoder' object has no attribute 'final_norm'")
+
+    monkeypatch.setattr(PackedModel, part, unknown)
+    with pytest.raises(ModelError, match=r"no attribute 'final_norm'.*Use engine: trainer\."):
+        PackedModel(fresh_classifier(open_tiny("bert"), 0), CPU)
 
 
 def test_the_proof_can_fail(open_tiny, monkeypatch):

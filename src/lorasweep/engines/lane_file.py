@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorasweep.core.outcomes import EpochEvaluation, StepReport
 from lorasweep.engines.lane import Lane
+from lorasweep.model.lane_adapter import trained_parameters
 from lorasweep.model.lane_weights import LaneState
-from lorasweep.model.packed_lora import trained_parameters
 
 _KEY = "lorasweep"
 _PARTS = ("weights", "first", "second")  # as LaneState calls them

@@ -39,8 +39,13 @@ def lack_in(act: Callable[[], None]) -> str | None:
 
 
 def let_go(engine: PackedEngine) -> None:
-    """Let go of what a pass left in the model, and of what the allocator keeps for the next."""
+    """Let go of what a pass left, of what can be computed again, and of what is kept for later.
+
+    Lower layers are computed in every pass from now on: a trial is worth more than time.
+    """
     engine.model.weights.drop_gradients()
+    engine.model.shared.most_bytes = 0
+    engine.model.shared.forget()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
     else:

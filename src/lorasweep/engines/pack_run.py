@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from lorasweep.core.outcomes import EpochEvaluation, Outcome, StepReport, TrialFacts, TrialState
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState
 from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
-from lorasweep.engines.lane_adamw import LaneStep
 from lorasweep.engines.lane_build import build_lane
 from lorasweep.engines.lane_checkpoint import discard, tell_again
 from lorasweep.engines.lane_scoring import validation_logits
 from lorasweep.engines.memory_lack import lack_in, let_go, needs_too_much
 from lorasweep.engines.pack_places import PackPlaces
+from lorasweep.engines.pack_steps import PackSteps
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
-from lorasweep.model.lane_spans import lane_sums
-from lorasweep.model.packed_batch import LaneRows, PackedBatch
-from lorasweep.model.packed_dropout import lane_key
-from lorasweep.model.packed_lora import release_frozen, write_values
-from lorasweep.model.transfer import OnItsWay
+from lorasweep.model.lane_adapter import release_frozen, write_values
 
 if TYPE_CHECKING:
     from lorasweep.engines.packed import PackedEngine
@@ -36,25 +29,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MadeStep:
-    """A step whose update was made, and whose losses may still be on their way.
-
-    Attributes:
-        lanes: Who took it, with the step's number (from 1) and rate.
-        values: Losses and gradient norms, ``(2, lanes)``.
-    """
-
-    lanes: tuple[tuple[Lane, int, float], ...]
-    values: OnItsWay
-
-
 class PackRun:
     """One call of :meth:`PackedEngine.run`.
 
+    Args:
+        engine: Has the model, and what all runs share.
+        plans: Asked for the next one whenever a place is free.
+        reporter: Told of everything that happens to a trial.
+        resumption: Where earlier commands left off.
+
     Attributes:
-        unread: Steps that were made and whose losses were not read yet, at most
-            ``engine.lag`` of them between two steps.
+        places: Who trains, and who waits.
+        steps: Take all lanes one step further.
     """
 
     def __init__(
@@ -68,7 +54,7 @@ class PackRun:
         self.plans = plans
         self.reporter = reporter
         self.places = PackPlaces(engine, resumption)
-        self.unread: deque[MadeStep] = deque()
+        self.steps = PackSteps(engine, self.places, reporter)
 
     def outcomes(self) -> Generator[Outcome, None, None]:
         """Fill, step, and yield what ended, until no plan is left.
@@ -190,7 +176,7 @@ class PackRun:
         """Someone who is to come finds no memory: half of the lanes go on, and it waits."""
         places = self.places
         let_go(self.engine)
-        self._read_losses()
+        self.steps.read_losses()
         if places.ended:
             return  # one has just turned out to have failed: perhaps there is room without it
         self.engine.halve()
@@ -200,11 +186,11 @@ class PackRun:
     def _shrink(self, trace: str) -> None:
         """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
         places = self.places
-        self._read_losses()
+        self.steps.read_losses()
         if places.ended and not places.due:
             return  # one has just turned out to have failed: perhaps there is room without it
         if len(going := places.going) > 1:
-            self.engine.halve()
+            self.engine.halve(len(going))
             if self._lack_in(places.park_half) is None:
                 _log.warning("out of memory: going on with %d lanes", len(places.going))
                 return
@@ -217,13 +203,13 @@ class PackRun:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
         places, checkpoints = self.places, self.engine.checkpoints
         if places.due:
-            self._read_losses()  # one of them may fail
+            self.steps.read_losses()  # one of them may fail
         if due := places.due:
             self._evaluate(due)
         elif not places.ended:
-            self._step()
+            self.steps.take()
         if checkpoints.due:
-            self._read_losses()
+            self.steps.read_losses()
             checkpoints.save_all(places.everyone, places.state_of)
         else:
             checkpoints.save(due, places.state_of)
@@ -234,88 +220,10 @@ class PackRun:
         if not places.whole:
             return
         try:
-            self._note_losses()  # who goes on will be told them again
+            self.steps.note_losses()  # who goes on will be told them again
             self.engine.checkpoints.save(places.everyone, places.state_of)
         except Exception as error:  # the reason for the stop is what must be told
             _log.warning("a trial will go on from an older checkpoint, or start again: %s", error)
-
-    # -- one step ----------------------------------------------------------------------
-
-    def _step(self) -> None:
-        """One optimizer step of every lane."""
-        engine, lanes = self.engine, self.places.lanes
-        batches = engine.passes.lay_out(
-            engine.train,
-            [
-                LaneRows(lane.progress.next_rows(), lane_key(lane.plan.seed), lane.progress.step)
-                for lane in lanes
-            ],
-            training=True,
-        )
-        found = engine.passes.each(self._forth_and_back, batches)
-        losses = found[0].new_zeros(len(lanes))
-        for batch, part in zip(batches, found, strict=True):
-            losses[batch.lanes.start : batch.lanes.stop] += part
-        engine.use.count(batches, len(lanes), self.places.idle)
-        self._finish_step(losses)
-
-    def _forth_and_back(self, batch: PackedBatch) -> torch.Tensor:
-        """Leave gradients at the parameters of a batch's lanes, and return their losses."""
-        logits = self.engine.model.forward(batch, training=True)
-        each = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
-        # Lanes share no weight, so the gradient of the sum is each lane's own gradient.
-        each.sum().backward()
-        return lane_sums(each.detach().unsqueeze(1), batch.row_spans).squeeze(1)
-
-    def _finish_step(self, losses: torch.Tensor) -> None:
-        """Update all lanes, and report the losses that have arrived."""
-        weights, lanes = self.engine.model.weights, self.places.lanes
-        weights.collect_gradients()
-        steps = [
-            LaneStep(
-                lane.progress.rate,
-                lane.plan.weight_decay,
-                lane.plan.max_grad_norm,
-                lane.progress.step + 1,
-            )
-            for lane in lanes
-        ]
-        # All memory is taken before anything changes: it may run out.
-        numbers = losses.new_empty(2, len(lanes))
-        values = OnItsWay(numbers)
-        with self.places.changing():
-            numbers[0], numbers[1] = losses, self.engine.adamw.update(weights, steps)
-            values.send()
-            self.places.tick()
-            for lane in lanes:
-                lane.progress.step += 1
-            made = [(lane, step.step, step.rate) for lane, step in zip(lanes, steps, strict=True)]
-            self.unread.append(MadeStep(tuple(made), values))
-        self._read_losses(self.engine.lag)
-
-    def _read_losses(self, but: int = 0) -> None:
-        """Note the losses of all steps made, but for the latest ones, and report them."""
-        for report in self._note_losses(but):
-            self.reporter.stepped(report)
-
-    def _note_losses(self, but: int = 0) -> list[StepReport]:
-        """Note losses in their lanes; a lane whose loss is no number fails.
-
-        That it may have made another step meanwhile harms nobody else.
-
-        Returns:
-            What is to be reported.
-        """
-        log_every = self.engine.settings.log_every
-        reports = []
-        while len(self.unread) > but:
-            made = self.unread[0]
-            losses, norms = made.values.read()
-            with self.places.changing():
-                for (lane, step, rate), loss, norm in zip(made.lanes, losses, norms, strict=True):
-                    reports.append(lane.note_step(step, rate, loss, norm, log_every))
-                self.unread.popleft()
-        return [report for report in reports if report is not None]
 
     # -- epochs ------------------------------------------------------------------------
 

@@ -115,9 +115,14 @@ class PackedEngine:
         self.model.keep_lanes([])
         yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
 
-    def halve(self) -> None:
-        """Go on with half the lanes: memory ran out."""
-        self._lanes = max(1, self.capacity // 2)
+    def halve(self, present: int | None = None) -> None:
+        """Go on with half the lanes: memory ran out.
+
+        Args:
+            present: How many lanes it ran out for, where places were free; None for a full pack.
+        """
+        lanes = self.capacity if present is None else min(self.capacity, present)
+        self._lanes = max(1, lanes // 2)
         self.use.halved += 1
 
     def build(self, plan: TrialPlan) -> Lane:

@@ -62,18 +62,22 @@ def attach(fresh: FreshClassifier, plan: AdapterPlan, seed: int) -> PeftModel:
 def trained_whole(fresh: FreshClassifier) -> tuple[str, ...]:
     """Name the modules whose own weights are trained: the new ones, and always some head.
 
-    A base that already is a classifier with this number of labels brings its head along;
-    nothing of it is new, and all of it is trained on.
+    A base that already is a classifier brings its head along. With this number of labels nothing
+    of it is new, and all of it is trained on; with another number a part of it is new, and what
+    lies in the same module is trained with it: PEFT finds modules by the ends of their names, and
+    would wrap one inside the other.
     """
-    prefix = f"{fresh.model.base_model_prefix}."
-    if any(not name.startswith(prefix) for name in fresh.new_modules):
-        return fresh.new_modules
-    head = [
+    encoder = fresh.model.base_model_prefix
+    inside = [name for name in fresh.new_modules if name.startswith(f"{encoder}.")]
+    outside = {name.split(".")[0] for name in fresh.new_modules if name not in inside}
+    heads = [
         name
         for name, module in fresh.model.named_children()
-        if name != fresh.model.base_model_prefix and any(True for _ in module.parameters())
+        if name != encoder and any(True for _ in module.parameters())
     ]
-    return (*fresh.new_modules, *head)
+    if outside:
+        heads = [name for name in heads if name in outside or name.endswith(_SAVED_BY_PEFT)]
+    return (*inside, *heads)
 
 
 def check_targets(base: Base, plans: Iterable[AdapterPlan]) -> None:

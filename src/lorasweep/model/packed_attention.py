@@ -86,8 +86,13 @@ def packed_attention(
 
     Returns:
         ``(1, tokens, heads, width)``, and None for the weights.
+
+    Raises:
+        ValueError: Several query heads share a key head, which no part of a pack is made for.
     """
     del attention_mask
+    if key.shape[1] != query.shape[1]:  # compiled loops would read beyond the keys
+        raise ValueError(f"{query.shape[1]} query heads share {key.shape[1]} key heads")
     batch = module.pack.now.batch
     if scaling is None:
         scaling = query.shape[-1] ** -0.5

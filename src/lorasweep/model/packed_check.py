@@ -7,6 +7,8 @@ before anything is trained, and where the logits differ, the base is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,11 +61,9 @@ class PackedCheck:
         Raises:
             ModelError: The logits differ, or the pack can't run at all.
         """
-        try:
+        with refusing(self.base):
             found = self._packed_logits(pack)
-            apart = float(np.abs(found - self.expected).max())
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise refused(self.base, f"{type(error).__name__}: {error}") from error
+        apart = float(np.abs(found - self.expected).max())
         scale = max(1.0, float(np.abs(self.expected).max()))
         if not apart <= _TOLERANCE * scale:
             raise refused(self.base, f"its logits would be off by {apart:.2g}")
@@ -76,6 +76,17 @@ class PackedCheck:
             logits: np.ndarray = pack.forward(batch, training=False).float().numpy()
         pack.keep_lanes([])
         return logits
+
+
+@contextmanager
+def refusing(base: Base) -> Iterator[None]:
+    """Refuse a base whose own code doesn't go along with what is done to it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise refused(base, f"{type(error).__name__}: {error}") from error
 
 
 def refused(base: Base, why: str) -> ModelError:

@@ -8,24 +8,22 @@ knows where rows end. After the last layer only each row's first token (or mean)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import Trainer
 
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
 from lorasweep.model.kernels import kernels_for
+from lorasweep.model.lane_adapter import adapter_blocks, trained_parameters
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
 from lorasweep.model.packed_attention import PACKED, register
 from lorasweep.model.packed_batch import PackedBatch
-from lorasweep.model.packed_check import PackedCheck, refused
+from lorasweep.model.packed_check import PackedCheck, refused, refusing
 from lorasweep.model.packed_disentangled import carries_disentangled
 from lorasweep.model.packed_dropout import kept_scale, module_key, rate_byte
 from lorasweep.model.packed_last_layer import spare_last_layer
@@ -41,12 +39,6 @@ from lorasweep.model.packed_modules import (
 from lorasweep.model.packed_pass import LaneFactors, Pass, Start
 from lorasweep.model.packed_shared import SharedLayers
 from lorasweep.model.transfer import on_device
-
-_PREFIX = "base_model.model."
-_ADAPTER = "default"
-# PEFT's scaling is exact in float32; ranks are padded to this, since narrower products on
-# CUDA must be 16 bytes wide.
-_RANK_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +87,9 @@ class PackedModel:
         self._passes: dict[int, Pass] = {}
         self._settings: list[LaneSettings] = []
         self._factors: dict[bool, LaneFactors] = {}
-        self._replace_modules()
-        self._place_hooks()
+        with refusing(self.base):
+            self._replace_modules()
+            self._place_hooks()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.position_offset = self._position_offset()
@@ -120,22 +113,10 @@ class PackedModel:
         """How many lanes there are."""
         return self.weights.lanes
 
-    def blocks(self, peft_model: PeftModel) -> list[Block]:
-        """Describe what a PEFT model trains, in the pack's names, its rank padded."""
-        decaying = set(Trainer.get_decay_parameter_names(None, peft_model))
-        found = []
-        for name, parameter, full_name in trained_parameters(peft_model):
-            shape = list(parameter.shape)
-            if name.endswith(("lora_A", "lora_B")):
-                axis = 0 if name.endswith("lora_A") else 1
-                shape[axis] = -(-shape[axis] // _RANK_STEP) * _RANK_STEP
-            found.append(Block(name, tuple(shape), full_name in decaying))
-        return found
-
     def add_lane(self, peft_model: PeftModel, settings: LaneSettings) -> int:
         """Append a lane that starts from a PEFT model's own first weights."""
         values = {name: value.detach() for name, value, _ in trained_parameters(peft_model)}
-        lane = self.weights.add(self.blocks(peft_model), values)
+        lane = self.weights.add(adapter_blocks(peft_model), values)
         self._add_settings(settings)
         return lane
 
@@ -152,7 +133,7 @@ class PackedModel:
 
     def restore_lane(self, peft_model: PeftModel, settings: LaneSettings, state: LaneState) -> int:
         """Append a lane that was taken out before, where it left off."""
-        lane = self.weights.restore(self.blocks(peft_model), state)
+        lane = self.weights.restore(adapter_blocks(peft_model), state)
         self._add_settings(settings)
         return lane
 
@@ -192,7 +173,7 @@ class PackedModel:
             self.model.train(training)
             output = self.model(
                 input_ids=batch.ids,
-                position_ids=batch.positions + self.position_offset,
+                position_ids=self._positions(batch),
                 attention_mask=self._attention_mask(batch),
             )
         finally:
@@ -221,6 +202,18 @@ class PackedModel:
     def _add_settings(self, settings: LaneSettings) -> None:
         self._settings.append(settings)
         self._factors.clear()
+
+    def _positions(self, batch: PackedBatch) -> Tensor:
+        """Number each row's tokens as the base does, ``(1, tokens)``."""
+        if not self.position_offset:
+            return batch.positions
+        # RoBERTa's kind numbers no padding token, not even one that a text spells out.
+        padding = self.position_offset - 1
+        counts = (batch.ids != padding).long()
+        so_far = counts.cumsum(1)
+        starts = torch.arange(counts.shape[1], device=self.device) - batch.positions
+        before = (so_far - counts).gather(1, starts)
+        return (so_far - before) * counts + padding
 
     def _attention_mask(self, batch: PackedBatch) -> Tensor | None:
         """None, but for ModernBERT's mean, which divides by it after the rows were averaged."""
@@ -297,35 +290,3 @@ def _changing_positions(model: nn.Module) -> str:
             if kind == "longrope" or "dynamic" in str(kind):
                 return f"its rotary positions ({kind}) depend on the longest row of a batch"
     return ""
-
-
-def trained_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Yield what a PEFT model trains: the pack's name, the parameter, and PEFT's own name."""
-    for full_name, module in model.named_modules():
-        name = full_name.removeprefix(_PREFIX)
-        if isinstance(module, LoraLayer):
-            for part in ("lora_A", "lora_B"):
-                weight = getattr(module, part)[_ADAPTER].weight
-                yield f"{name}.{part}", weight, f"{full_name}.{part}.{_ADAPTER}.weight"
-        elif isinstance(module, ModulesToSaveWrapper):
-            copy = module.modules_to_save[_ADAPTER]
-            for inner, parameter in copy.named_parameters():
-                yield (
-                    f"{name}.{inner}",
-                    parameter,
-                    f"{full_name}.modules_to_save.{_ADAPTER}.{inner}",
-                )
-
-
-def write_values(peft_model: PeftModel, values: Mapping[str, Tensor]) -> None:
-    """Give a PEFT model what :meth:`PackedModel.lane_values` copied; it takes no memory."""
-    for name, parameter, _ in trained_parameters(peft_model):
-        parameter.data = values[name]
-
-
-def release_frozen(model: PeftModel) -> None:
-    """Let go of a PEFT model's frozen weights: the pack has its own, and only one copy."""
-    trained = {id(parameter) for _, parameter, _ in trained_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.data = parameter.data.new_empty(0)
