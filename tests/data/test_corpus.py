@@ -35,7 +35,7 @@ def held(tmp_path: Path) -> Path:
     path = tmp_path / "held.csv"
     path.write_text(
         "text,label\nfine,pos\n,neg\nso so film,neg\nso so film,neg\n"
-        "review 1 says word number 1,neg\n",
+        "review 1 says word number 1,pos\n",
         encoding="utf-8",
     )
     return path
@@ -168,6 +168,16 @@ def test_a_limit_below_the_number_of_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_corpus(spec(path, limit={"train": 2, "validation": 2}), 1)
     assert [p.where for p in caught.value.problems] == ["data.limit.train", "data.limit.validation"]
+
+
+def test_a_validation_split_of_one_label_is_refused(reviews: Path, tmp_path: Path) -> None:
+    """As the first thousand rows of a file that is sorted by label are."""
+    held = tmp_path / "sorted.csv"
+    held.write_text("text,label\na dull film,neg\nit was a bore,neg\n", encoding="utf-8")
+    with pytest.raises(DataError, match="of the label 'neg' only") as caught:
+        load_corpus(spec(reviews, {"validation": str(held)}), 1)
+    assert "sorted.csv" in str(caught.value)
+    assert load_corpus(spec(reviews, {"test": str(held)}), 1).test is not None
 
 
 def test_tags_follow_their_rows() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 
 from lorasweep.core.corpora import CleaningReport, Corpus, EncodedSplit, LeakageReport, TextSplit
-from lorasweep.data.summary import facts, leaks
+from lorasweep.data.summary import facts, leaks, missing_labels
 
 
 def corpus(**changes) -> Corpus:
@@ -38,6 +38,25 @@ def test_every_count_is_told():
 def test_leaks_are_told_where_there_are_some():
     reports = (LeakageReport("validation", 100, 0, 0), LeakageReport("test", 200, 5, 1))
     assert leaks(corpus(leakage=reports)) == (
+        "test: 5 of 200 texts (2.5%) lie in, or contain, a training text, 1 of them the same; "
+        "scores on them flatter the model",
+    )
+
+
+def test_texts_of_one_or_two_words_leak_too_where_they_are_the_same():
+    reports = (LeakageReport("validation", 100, 0, 3), LeakageReport("test", 200, 5, 0))
+    assert leaks(corpus(leakage=reports)) == (
+        "validation: 3 of 100 texts (3.0%) are the same as a training text; "
+        "scores on them flatter the model",
         "test: 5 of 200 texts (2.5%) lie in, or contain, a training text; "
         "scores on them flatter the model",
+    )
+
+
+def test_labels_that_no_held_out_text_has_are_told():
+    one = TextSplit("test", ("a b", "c d"), (0, 0), ("x:1", "x:2"))
+    assert missing_labels(corpus()) == ()
+    assert missing_labels(corpus(test=one)) == (
+        "test: no text is labelled “yes”; what is measured on this split says nothing about how "
+        "the label is recognised",
     )

@@ -89,6 +89,22 @@ def test_advice_follows_from_the_counts(make_predictions) -> None:  # type: igno
     assert "to a person" not in advice  # no threshold tells these errors apart
 
 
+def test_of_many_pairs_of_labels_some_are_lopsided_by_chance(make_predictions) -> None:  # type: ignore[no-untyped-def]
+    """15 of 20 has p = 0.04 alone, and 0.4 as the least of ten pairs; 30 of 32 stays."""
+    names = [f"label {n}" for n in range(5)]
+    pairs = [(a, b) for a in range(5) for b in range(a + 1, 5)]
+    labels, said = [], []
+    for n, (a, b) in enumerate(pairs):
+        there, back = (15, 5) if n == 0 else (30, 2) if n == 1 else (10, 10)
+        labels += [a] * there + [b] * back
+        said += [b] * there + [a] * back
+    made = make_predictions(labels, said, count=5)
+    advice = " ".join(analyse_errors(made, ["words " * 8] * len(labels), names).suggestions)
+    assert "“label 0” is taken for “label 1”" not in advice
+    assert "“label 0” is taken for “label 2” 30 times, the other way round 2 times" in advice
+    assert "adjusted for 10 pairs" in advice
+
+
 def test_unsure_errors_are_worth_handing_over(make_predictions) -> None:  # type: ignore[no-untyped-def]
     labels = [0, 1] * 100
     said = [1, 0] * 8 + [0, 1] * 92

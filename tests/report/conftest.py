@@ -112,7 +112,7 @@ def make_sweep() -> Make:
         )
         test = None if test_rows is None else split("test", test_rows, names, 3, tagged=tagged)
         records = some_trials(trials)
-        shown = test or validation
+        shown = validation
         generator = np.random.default_rng(0)
         samples = tuple(
             (

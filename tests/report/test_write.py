@@ -144,7 +144,7 @@ def test_the_page_tells_what_was_found(page: Page) -> None:
     for part in (
         "It beats the strongest baseline, tfidf",
         "for 2 different winners",
-        "9 of 200 validation texts (4.5%)",
+        "On validation, 9 of 200 texts (4.5%)",
         "behind the others",
         "50 fewer than 3 words",
         "2 texts occur with different labels",
@@ -203,7 +203,7 @@ def test_the_model_card_has_a_head_scores_and_limits(make_sweep, tmp_path: Path)
     assert found["base_model"] == 'odd: "path"'
     assert found["pipeline_tag"] == "text-classification"
     assert "| tfidf | 0." in body
-    assert "9 of 200 validation texts" in body
+    assert "On validation, 9 of 200 texts" in body
     assert "| num\\_train\\_epochs | 2 |" in body
 
 

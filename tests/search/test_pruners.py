@@ -199,6 +199,10 @@ def test_a_trial_without_a_finite_score_falls_behind(begin, finish, epoch):
     study, trials = begin("successive_halving", 3)
     finish(study, trials[0].number, [0.9, 0.9])
     assert not epoch(study, trials[1].number, 1, of=2, score=float("nan")).go_on
+    study.tell(Outcome(trials[1].number, TrialState.PRUNED, 1, 1.0, "stopped after epoch 1 of 2"))
+    assert study.record(trials[1].number).reason == (
+        "stopped after epoch 1 of 2: at 50 % of its budget its f1 was no number"
+    )
 
 
 @pytest.mark.parametrize(

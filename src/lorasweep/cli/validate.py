@@ -24,12 +24,12 @@ def command(spec_file: str, overrides: tuple[str, ...], spec_only: bool) -> None
     sentences: tuple[str, ...] = ()
     if not spec_only:
         from lorasweep.data.corpus import load_corpus
-        from lorasweep.data.summary import facts, leaks
+        from lorasweep.data.summary import facts, leaks, missing_labels
         from lorasweep.model.files import locate
 
         try:
             corpus = load_corpus(spec.data, spec.seed)
-            sentences = (*facts(corpus), *leaks(corpus))
+            sentences = (*facts(corpus), *leaks(corpus), *missing_labels(corpus))
         except InputError as error:
             problems += error.problems
         try:

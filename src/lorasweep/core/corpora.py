@@ -81,6 +81,11 @@ class LeakageReport:
         """Share of the held-out rows that are contained, 0 to 1."""
         return self.contained / self.rows if self.rows else 0.0
 
+    @property
+    def known(self) -> int:
+        """Rows known from training, at least: a text of one or two words is only ever the same."""
+        return max(self.contained, self.duplicated)
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:

@@ -54,6 +54,8 @@ def load_corpus(spec: DataSpec, seed: int) -> Corpus:
     digests = {name: _digest(split) for name, split in splits.items()}
     name, source = describe_source(spec)
     train = splits["train"]
+    origin = tables.get("validation", tables["train"]).origin
+    _check_choosable(origin, splits["validation"], labelled.names)
     return Corpus(
         name=name,
         label_names=labelled.names,
@@ -167,6 +169,15 @@ def _limited(parts: dict[str, _Part], spec: DataSpec, seed: int) -> dict[str, _P
         limited[name] = _Part(take(part.rows, rows), _noted(part.report, note))
     refuse(problems)
     return limited
+
+
+def _check_choosable(origin: str, validation: TextSplit, names: tuple[str, ...]) -> None:
+    """Refuse a validation split of one label: whatever always answers it would be the best."""
+    if len(present := set(validation.labels)) < 2:
+        only = names[present.pop()]
+        what = f"has validation texts of the label {only!r} only, and trials are compared on them"
+        advice = "Are its rows sorted by label? Shuffle them, or name another split."
+        raise DataError(Problem(origin, what, advice))
 
 
 def _noted(report: CleaningReport, *notes: str) -> CleaningReport:

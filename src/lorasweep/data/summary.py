@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorasweep.core.corpora import Corpus, EncodedSplit
+from lorasweep.core.corpora import Corpus, EncodedSplit, LeakageReport
 
 
 def facts(corpus: Corpus, encoded: Iterable[EncodedSplit] = ()) -> tuple[str, ...]:
@@ -37,8 +37,31 @@ def facts(corpus: Corpus, encoded: Iterable[EncodedSplit] = ()) -> tuple[str, ..
 def leaks(corpus: Corpus) -> tuple[str, ...]:
     """Say which held-out texts are known from training, split by split; empty when none are."""
     return tuple(
-        f"{leak.held_out}: {leak.contained:,} of {leak.rows:,} texts ({leak.share:.1%}) lie in, "
-        "or contain, a training text; scores on them flatter the model"
+        f"{known_texts(leak)}; scores on them flatter the model"
         for leak in corpus.leakage
-        if leak.contained
+        if leak.known
     )
+
+
+def known_texts(leak: LeakageReport) -> str:
+    """Say how many texts of a held-out split are known from training."""
+    counted = (
+        f"{leak.held_out}: {leak.known:,} of {leak.rows:,} texts ({leak.known / leak.rows:.1%})"
+    )
+    if leak.duplicated > leak.contained:
+        return f"{counted} are the same as a training text"
+    same = f", {leak.duplicated:,} of them the same" if leak.duplicated else ""
+    return f"{counted} lie in, or contain, a training text{same}"
+
+
+def missing_labels(corpus: Corpus) -> tuple[str, ...]:
+    """Say which labels no text of a held-out split has."""
+    told = []
+    for split in filter(None, (corpus.validation, corpus.test)):
+        for at, name in enumerate(corpus.label_names):
+            if at not in split.labels:
+                told.append(
+                    f"{split.name}: no text is labelled “{name}”; what is measured on this split "
+                    "says nothing about how the label is recognised"
+                )
+    return tuple(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 # What a p-value too small for a float is reported as: an upper bound, never 0.
 SMALLEST_P = sys.float_info.min
+_Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def mcnemar(
     )
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[_Name, float]) -> dict[_Name, float]:
     """Return p-values adjusted for how many there are (Holm 1979, Scand. J. Stat. 6).
 
     >>> holm({"majority": 0.01, "tfidf": 0.04})

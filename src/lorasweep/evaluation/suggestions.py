@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from scipy.stats import binomtest
 
-from lorasweep.evaluation.significance import state_p
+from lorasweep.evaluation.significance import holm, state_p
 
 if TYPE_CHECKING:
     from lorasweep.evaluation.calibration import Calibration
@@ -64,19 +64,32 @@ def _hard_kinds(patterns: Sequence[Pattern]) -> Iterator[str]:
 
 
 def _lopsided_pairs(confusions: Sequence[Confusion]) -> Iterator[str]:
-    """Two labels are mixed up in one direction far more than in the other."""
-    counts = {(one.label, one.predicted): one for one in confusions}
-    for (label, predicted), one in counts.items():
-        back = counts.get((predicted, label))
-        returned = back.count if back else 0
-        if one.count <= returned or one.count < FEWEST_ERRORS:
-            continue
-        p_value = float(binomtest(one.count, one.count + returned).pvalue)
-        if p_value < ALPHA:
+    """Two labels are mixed up in one direction far more than in the other.
+
+    Beyond chance among so many pairs: of twenty labels there are 190.
+    """
+    counts = {(one.label, one.predicted): one.count for one in confusions}
+    returned = {pair: counts.get(pair[::-1], 0) for pair in counts}
+    # One direction of each pair: the more frequent one, or the first of two equal ones.
+    ahead = [
+        pair
+        for pair, there in counts.items()
+        if there > returned[pair] or (there == returned[pair] and pair < pair[::-1])
+    ]
+    p_values = holm(
+        {
+            pair: float(binomtest(counts[pair], counts[pair] + returned[pair]).pvalue)
+            for pair in ahead
+        }
+    )
+    among = f", adjusted for {len(ahead)} pairs" if len(ahead) > 1 else ""
+    for (label, predicted), p_value in p_values.items():
+        there, back = counts[label, predicted], returned[label, predicted]
+        if p_value < ALPHA and there >= FEWEST_ERRORS:
             yield (
-                f"“{label}” is taken for “{predicted}” {one.count} times, the other way round "
-                f"{returned} times ({state_p(p_value)}): the model leans to “{predicted}”. Weigh "
-                f"“{label}” more in the loss, or choose the decision threshold on validation."
+                f"“{label}” is taken for “{predicted}” {there} times, the other way round "
+                f"{back} times ({state_p(p_value)}{among}): the model leans to “{predicted}”. "
+                f"Weigh “{label}” more in the loss, or choose the decision threshold on validation."
             )
 
 

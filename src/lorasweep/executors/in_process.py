@@ -27,7 +27,8 @@ from lorasweep.sweep import engine_ledger
 from lorasweep.sweep.conclude import conclude
 from lorasweep.sweep.events import Listener, Said, Warned, nobody
 from lorasweep.sweep.prepare import Prepared, check_storage, prepare
-from lorasweep.sweep.worker import SweepResult, Worker, parent_run
+from lorasweep.sweep.runs import parent_run
+from lorasweep.sweep.worker import SweepResult, Worker
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 
@@ -79,7 +80,7 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
         # Also of a command that is cut off here: a report speaks of all that trained.
         use = use_of(engine, reason, len(sweep.study.records()) - known)
         if use.trials:
-            engine_ledger.keep(sweep.prepared.paths.engine, use)
+            engine_ledger.keep(sweep.prepared.paths.engine, use, sweep.study.id)
     if use.trials:
         sweep.tracker.log_metrics(result.run_id, engine_ledger.metrics(use), step=0)
         if told := engine_ledger.sentence(use):
@@ -166,7 +167,7 @@ def useful_lanes(spec: Spec) -> int:
     """Lanes beyond which a pack wins nothing, or the sampler learns nothing.
 
     A sampler that models earlier results is asked blindly for every trial that starts before
-    any has ended; a third of the trials may.
+    any has ended; a third of the trials may, rounded up.
     """
     if spec.lanes != "auto":
         return spec.lanes

@@ -111,20 +111,18 @@ def _comparisons(sweep: FinishedSweep, ours: Predictions, accuracy: float) -> di
 
 
 def _samples(sweep: FinishedSweep) -> tuple[Sample, ...]:
-    labels: dict[str, str] = {}
-    for split in (sweep.corpus.test, sweep.corpus.validation):
-        labels = _labels_by_text(split, sweep.corpus.label_names) | labels
+    # They are validation texts: test may know the same text by another label.
+    labels = _labels_by_text(sweep.corpus.validation, sweep.corpus.label_names)
     return tuple(
         Sample(text, labels.get(text, ""), tuple(before), tuple(after))
         for text, before, after in sweep.samples
     )
 
 
-def _labels_by_text(split: TextSplit | None, names: tuple[str, ...]) -> dict[str, str]:
+def _labels_by_text(split: TextSplit, names: tuple[str, ...]) -> dict[str, str]:
     """Label of each text; empty for a text that occurs with two of them."""
     found: dict[str, str] = {}
-    if split is not None:
-        for text, label in zip(split.texts, split.labels, strict=True):
-            known = found.setdefault(text, names[label])
-            found[text] = known if known == names[label] else ""
+    for text, label in zip(split.texts, split.labels, strict=True):
+        known = found.setdefault(text, names[label])
+        found[text] = known if known == names[label] else ""
     return found

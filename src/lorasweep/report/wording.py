@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from lorasweep.core.outcomes import FinishedSweep, TrialState
+from lorasweep.data.summary import known_texts
 from lorasweep.evaluation.significance import state_p
 from lorasweep.report.findings import FINETUNED, Comparison, TestResult
 
@@ -69,8 +71,11 @@ def cautions(sweep: FinishedSweep, test: TestResult | None) -> tuple[str, ...]:
 def _openings(sweep: FinishedSweep) -> Iterator[str]:
     if len(sweep.openings) < 2:
         return
-    winners = {entry.get("trial") for entry in sweep.openings if FINETUNED in _models(entry)} - {
-        None
+    # A study that was begun anew counts its trials from 0 again.
+    winners = {
+        (entry.get("study"), entry["trial"])
+        for entry in sweep.openings
+        if FINETUNED in _models(entry) and entry.get("trial") is not None
     }
     told = f"The test split was opened {len(sweep.openings)} times"
     if len(winners) > 1:
@@ -89,12 +94,9 @@ def _models(entry: Any) -> tuple[str, ...]:
 
 def _leakage(sweep: FinishedSweep) -> Iterator[str]:
     for report in sweep.corpus.leakage:
-        if report.share > _LEAK:
-            yield (
-                f"{report.contained:,} of {report.rows:,} {report.held_out} texts "
-                f"({report.share:.1%}) lie in, or contain, a training text "
-                f"({report.duplicated:,} are the same): scores on {report.held_out} are too high."
-            )
+        if report.known > _LEAK * report.rows:
+            told = known_texts(report).partition(": ")[2]
+            yield f"On {report.held_out}, {told}: its scores are too high."
 
 
 def _few_rows(test: TestResult | None) -> Iterator[str]:
@@ -110,14 +112,21 @@ def _one_label(sweep: FinishedSweep, test: TestResult | None) -> Iterator[str]:
     if test is None:
         return
     answered = [sum(row[label] for row in test.detail.confusion) for label in _labels(sweep)]
-    if sum(map(bool, answered)) == 1:
+    asked = sum(bool(one.support) for one in test.detail.per_class)
+    # Where the texts have one label only, one answer may be all that there is to say.
+    if sum(map(bool, answered)) == 1 < asked:
         only = sweep.corpus.label_names[max(_labels(sweep), key=answered.__getitem__)]
         yield f"The fine-tuned model answers “{only}” to every test text: it has learned nothing."
     for one in test.detail.per_class:
         if not one.support:
-            yield (
-                f"No test text is labelled “{one.name}”: its scores count as 0 in macro averages."
-            )
+            yield f"No test text is labelled “{one.name}”: {_counted_as_zero(sweep, one.name)}."
+
+
+def _counted_as_zero(sweep: FinishedSweep, name: str) -> str:
+    names = sweep.corpus.label_names
+    if len(names) == 2 and name == names[-1]:
+        return "precision, recall and F1 are 0 whatever the model answers"
+    return "its scores count as 0 in macro averages"
 
 
 def _labels(sweep: FinishedSweep) -> range:
@@ -130,7 +139,11 @@ def _selection(sweep: FinishedSweep, test: TestResult | None) -> Iterator[str]:
     if test is None or score is None or sweep.objective not in test.metrics:
         return
     tested = test.metrics[sweep.objective]
-    if score - tested > _OPTIMISM * standard_error(tested, test.rows):
+    # Both splits are samples: what is between the two scores has the noise of both.
+    noise = math.hypot(
+        standard_error(score, len(sweep.corpus.validation)), standard_error(tested, test.rows)
+    )
+    if score - tested > _OPTIMISM * noise:
         yield (
             f"Validation {sweep.objective} of the winner ({score:.4f}) is above its test value "
             f"({tested:.4f}) by more than chance on so few rows explains: it was chosen on "
@@ -148,7 +161,7 @@ def _seed_noise(sweep: FinishedSweep) -> Iterator[str]:
         for trial in scored
         if trial.number != sweep.best.number
         and trial.state is TrialState.COMPLETED
-        and sweep.best.score - (trial.score or 0.0) < noise
+        and sweep.best.score - (trial.score or 0.0) <= noise
     ]
     told = "Every configuration was trained with one seed, whose noise isn't in these numbers."
     if close:
@@ -187,8 +200,16 @@ def tried(sweep: FinishedSweep) -> int:
 
 
 def standard_error(share: float, rows: int) -> float:
-    """Standard error of a share measured on so many rows."""
-    return (share * (1 - share) / rows) ** 0.5 if rows else 0.0
+    """Standard error of a share measured on so many rows.
+
+    By Agresti and Coull's interval at one standard error (1998, Am. Stat. 52): half a right and
+    half a wrong answer are added, since without them 200 right answers of 200 would be certain.
+
+    >>> round(standard_error(0.9, 100), 4), round(standard_error(1.0, 100), 4)
+    (0.0304, 0.007)
+    """
+    added = (share * rows + 0.5) / (rows + 1)
+    return math.sqrt(added * (1 - added) / (rows + 1))
 
 
 def describe_p(comparison: Comparison) -> str:

@@ -154,6 +154,8 @@ class RunningTrials(Ledger):
         own = next(t for t in view.get_trials() if t.user_attrs[ledger.SLOT] == slot)
         if not self._pruner.prune(view, own):
             return ""
+        if math.isnan(value):
+            return f"at {rung} % of its budget its {self._spec.objective} was no number"
         return f"at {rung} % of its budget others were ahead of {value:.4f}"
 
     # ---- how a trial ends ------------------------------------------------------------
@@ -221,8 +223,8 @@ class RunningTrials(Ledger):
             if state is TrialState.COMPLETED and score is None:
                 state = TrialState.FAILED
                 reason = reason or "no evaluation of it gave a finite score"
-            if state is TrialState.PRUNED:
-                reason = reason or progress.get("pruned", "")
+            if state is TrialState.PRUNED:  # the engine says when, and only the study why
+                reason = ": ".join(filter(None, (reason, progress.get("pruned"))))
             ended: dict[str, Any] = {"state": state.value, "reason": reason, **(more or {})}
             self._storage.set_trial_user_attr(trial._trial_id, ledger.ENDED, ended)
             value = score if state is TrialState.COMPLETED else None

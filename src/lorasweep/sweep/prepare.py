@@ -13,14 +13,14 @@ from lorasweep.core.corpora import Corpus, EncodedSplit
 from lorasweep.core.errors import InputError, Problem, StorageError
 from lorasweep.core.paths import SweepPaths
 from lorasweep.data.corpus import load_corpus
-from lorasweep.data.summary import facts, leaks
+from lorasweep.data.summary import facts, leaks, missing_labels
 from lorasweep.data.tokens import encode
 from lorasweep.model.adapter import check_targets
 from lorasweep.model.base import Base, open_base
 from lorasweep.spec.resolve import adapters_in, fingerprint, identity
 from lorasweep.spec.schema import Spec
 from lorasweep.sweep.events import Listener, Said, Warned
-from lorasweep.tracking.store import redacted
+from lorasweep.tracking.wording import redacted
 
 # A study, its runs and one small adapter need about this much before anything is trained.
 _LEAST_FREE_BYTES = 200 * 1024 * 1024
@@ -105,7 +105,7 @@ def prepare(spec: Spec, paths: SweepPaths, listener: Listener) -> Prepared:
     validation = encode(corpus.validation, base.tokenizer, base.max_length)
     for sentence in facts(corpus, (train, validation)):
         listener(Said(sentence))
-    for sentence in leaks(corpus):
+    for sentence in (*leaks(corpus), *missing_labels(corpus)):
         listener(Warned(sentence))
     return Prepared(
         spec=spec,
