@@ -2,6 +2,7 @@
 
 python benchmarks/peak.py                                  # 60 steps of 8 lanes, three processes
 python benchmarks/peak.py "packed" "kernels off"
+python benchmarks/peak.py "packed" "tcmalloc"              # wants Debian's libtcmalloc-minimal4
 python benchmarks/peak.py --steps 4 --lanes 2 --repeats 1
 
 After every eighth step of the pack, torch multiplies matrices of the pack's own shapes and dtype: T
@@ -31,6 +32,7 @@ from lorasweep.core.plans import EngineSettings
 
 _WARM_UP = 15
 _PRODUCTS_EVERY = 8  # steps: more often, and their buffers would be in the pack's way
+_TCMALLOC, _ITS_PACKAGE = "libtcmalloc_minimal.so.4", "libtcmalloc-minimal4"
 _SHORTEST = 0.01  # seconds that a timed product is repeated for
 
 
@@ -175,9 +177,19 @@ def _related(
     }
 
 
+def with_tcmalloc(work: Work) -> dict[str, Any]:
+    """Do the same where the process was started with tcmalloc: the loader only warns if not."""
+    if _TCMALLOC not in Path("/proc/self/maps").read_text(encoding="utf-8"):
+        raise RuntimeError(f"{_TCMALLOC} was not loaded; on Debian: apt install {_ITS_PACKAGE}")
+    return peak(work)
+
+
 CONTENDERS = {
     "packed": Contender(peak, "the packed engine"),
     "kernels off": Contender(peak, "without compiled kernels", {"LORASWEEP_KERNELS": "0"}),
+    "tcmalloc": Contender(
+        with_tcmalloc, "the packed engine, with tcmalloc as malloc", {"LD_PRELOAD": _TCMALLOC}
+    ),
 }
 _MEDIANS = (
     "share_of_peak",
