@@ -12,6 +12,7 @@ from lorasweep.core.errors import NothingToReportError, Problem, SpecError
 from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.deploy.export import export
 from lorasweep.executors.in_process import OpenSweep, finish, must_exist, open_sweep, train
+from lorasweep.model.checkpoint import storing
 from lorasweep.report.json_report import load_report
 from lorasweep.report.write import RESULTS, check_out, documents, write_report
 from lorasweep.spec.loader import load_spec
@@ -152,7 +153,10 @@ def _write(sweep: OpenSweep, out: Path, listener: Listener) -> SweepReport:
     finished = finish(sweep, listener)
     page = write_report(finished, out)
     # A copy, since a user's own files may lie beside the report's, and are nobody else's business.
-    with tempfile.TemporaryDirectory(prefix="lorasweep-") as scratch:
+    with (
+        storing(out, "a copy of the report"),
+        tempfile.TemporaryDirectory(dir=out, prefix=".report-") as scratch,
+    ):
         for document in documents(out):
             shutil.copy(document, scratch)
         sweep.tracker.log_artifacts(finished.tracking["run_id"], Path(scratch), "report")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from easy_task import SETTINGS, TRAIN_ROWS, VALIDATION_ROWS, numbered
 from recorder import Recorder
+from small_disk import room_for
 
-from lorasweep.core.outcomes import Outcome, TrialState, Verdict
+from lorasweep.core.errors import StorageError
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialState, Verdict
 from lorasweep.core.plans import AdapterPlan, TrialPlan
 
 
@@ -129,6 +132,21 @@ def test_what_the_reporter_raises_leaves_the_engine(error, event, engine, plan):
     with pytest.raises(error):
         outcomes.extend(engine.run([plan], recorder))
     assert outcomes == []
+
+
+def test_a_full_disk_leaves_the_engine_and_fails_no_trial(engine, plan):
+    plans = [numbered(plan, n, adapter=AdapterPlan(64, 64.0, 0.0)) for n in (1, 2)]
+    outcomes: list[Outcome] = []
+    with ExitStack() as disk:
+
+        def fill(evaluation: EpochEvaluation) -> Verdict:
+            disk.enter_context(room_for(16_000))
+            return Verdict(keep=True, go_on=True)
+
+        with pytest.raises(StorageError, match="the adapter can't be written: File too large"):
+            outcomes.extend(engine.run(plans, Recorder(fill)))
+    assert outcomes == []
+    assert not [path for path in plan.folder.parent.rglob("*") if "adapter" in path.name]
 
 
 def test_only_the_adapter_is_written(engine, plan, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from small_disk import room_for
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorasweep.core.errors import InputError, LoraSweepError, ModelError, StorageError
@@ -199,6 +201,17 @@ def test_a_failure_on_disk_leaves_the_earlier_export(finetuned, tmp_path, monkey
     monkeypatch.setattr(module.shutil, "copytree", full)
     with pytest.raises(StorageError, match="No space left"):
         export(base, adapter, folder, {"trial": 2})
+    assert json.loads((folder / "manifest.json").read_text())["trial"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-bert", "out"]
+
+
+def test_a_full_disk_is_said_by_whoever_writes_the_weights(finetuned, tmp_path):
+    base, adapter = finetuned("bert")
+    folder = export(base, adapter, tmp_path / "out", {"trial": 1})
+    said = "the model can't be written: File too large"
+    with room_for(16_000), pytest.raises(StorageError, match=said) as raised:
+        export(base, adapter, folder, {"trial": 2})
+    assert isinstance(raised.value.__cause__, SafetensorError)
     assert json.loads((folder / "manifest.json").read_text())["trial"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-bert", "out"]
 

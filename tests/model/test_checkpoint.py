@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from small_disk import room_for
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from lorasweep.core.errors import ModelError, StorageError
+from lorasweep.core.errors import ModelError, Problem, StorageError
 from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier
-from lorasweep.model.checkpoint import load_finetuned, merge, save_adapter
+from lorasweep.model.checkpoint import load_finetuned, merge, save_adapter, storing
 from lorasweep.model.scoring import pad_rows, pads_left, predict_logits
 
 CPU = torch.device("cpu")
@@ -134,22 +141,95 @@ def test_saving_replaces_the_older_adapter_and_leaves_nothing_else(open_tiny, en
     )
 
 
-def test_a_failed_write_leaves_the_older_adapter(open_tiny, encode, tmp_path, monkeypatch):
-    base = open_tiny()
-    split = encode(base)
-    model = trained(base, split, steps=1)
-    folder = tmp_path / "adapter"
-    save_adapter(model, folder)
+def adapted(base, rank):
+    return attach(fresh_classifier(base, seed=1), AdapterPlan(rank, 8.0, 0.0), seed=2)
+
+
+@pytest.mark.parametrize(("room", "cause"), [(100, OSError), (16_000, SafetensorError)])
+def test_a_full_disk_leaves_the_older_adapter(room, cause, open_tiny, tmp_path):
+    base, folder = open_tiny(), tmp_path / "adapter"
+    save_adapter(adapted(base, 4), folder)
     before = (folder / "adapter_model.safetensors").read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(model), "save_pretrained", full)
-    with pytest.raises(StorageError, match="No space left on device"):
-        save_adapter(model, folder)
+    said = "the adapter can't be written: File too large"
+    with room_for(room), pytest.raises(StorageError, match=said) as raised:
+        save_adapter(adapted(base, 64), folder)
+    # The files are written one after another, the weights last and by another library.
+    assert isinstance(raised.value.__cause__, cause)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_error_that_is_not_the_disks_leaves_nothing_behind_either(
+    open_tiny, tmp_path, monkeypatch
+):
+    model = adapted(open_tiny(), 4)
+
+    def stopped(self, folder, **kwargs):
+        Path(folder, "adapter_config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_on_the_disk_before_it_is_in_place(open_tiny, tmp_path, monkeypatch):
+    """Or a power cut leaves a trial that is complete, with files of which nothing was written."""
+    synced, moved, fsync, rename = set(), [], os.fsync, Path.rename
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def looked_at(path, target):
+        moved.append((target.name, {one.stat().st_ino for one in (path, *path.iterdir())} - synced))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", looked_at)
+    save_adapter(adapted(open_tiny(), 4), tmp_path / "adapter")
+    assert moved == [("adapter", set())]
+    assert tmp_path.stat().st_ino in synced
+
+
+def copy_twice(path):
+    """As a folder is copied: many files can be refused, and all are told in one error."""
+    folder = path.with_name("many")
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_bytes(bytes(90))
+    with room_for(50):
+        shutil.copytree(folder, path)
+
+
+WRITERS = {
+    "python": lambda path: path.write_bytes(bytes(200)),
+    "shutil": copy_twice,
+    "safetensors": lambda path: save_file({"a": torch.zeros(50)}, path),
+    "tokenizers": lambda path: Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whoever_meets_the_full_disk_it_is_said_in_a_sentence(writer, tmp_path):
+    path = tmp_path / "file"
+    with (
+        room_for(100),
+        pytest.raises(StorageError) as raised,
+        storing(path, "the thing", "Make room."),
+    ):
+        WRITERS[writer](path)
+    assert str(raised.value) == f"{path}: the thing can't be written: File too large. Make room."
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), ModelError(Problem("x", "not read (os error 2)"))], ids=repr
+)
+def test_what_the_disk_has_not_said_is_left_as_it_is(error, tmp_path):
+    with pytest.raises(type(error)) as raised, storing(tmp_path, "the thing"):
+        raise error
+    assert raised.value is error
 
 
 def test_an_adapter_without_a_new_module_is_refused(open_tiny, encode, tmp_path):
@@ -171,3 +251,20 @@ def test_no_adapter_or_one_of_other_labels_is_refused(open_tiny, encode, tmp_pat
     three = open_tiny("bert", labels=("no", "maybe", "yes"))
     with pytest.raises(ModelError, match="does not fit"):
         load_finetuned(three, tmp_path / "adapter")
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut short": lambda content: content[:-1],
+    "nothing but zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_of_which_half_was_written_is_refused(damage, open_tiny, tmp_path):
+    base, folder = open_tiny(), tmp_path / "adapter"
+    save_adapter(adapted(base, 4), folder)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(DAMAGES[damage](weights.read_bytes()))
+    with pytest.raises(ModelError, match=r"holds no readable adapter.*saved completely\?"):
+        load_finetuned(base, folder)

@@ -62,7 +62,7 @@ def kill(monkeypatch):
     for name, (owner, attribute) in PLACES.items():
         watch(name, owner, attribute)
     monkeypatch.setattr(PackRun, "_save_before_stopping", lambda self: None)
-    monkeypatch.setattr(Worker, "_interrupt_running", lambda self, reason: None)
+    monkeypatch.setattr(Worker, "_interrupt_running", lambda self, reason, parent: None)
     # Rounds of checkpoints come by counting, not by the watch, and only where one is to be cut.
     monkeypatch.setattr(
         LaneCheckpoints,

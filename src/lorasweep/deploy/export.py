@@ -32,10 +32,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lorasweep.core.corpora import TextSplit
-from lorasweep.core.errors import InputError, LoraSweepError, Problem, StorageError
+from lorasweep.core.errors import InputError, LoraSweepError, Problem
 from lorasweep.data.tokens import encode
 from lorasweep.model.base import Base, quiet_transformers
-from lorasweep.model.checkpoint import load_finetuned, merge
+from lorasweep.model.checkpoint import load_finetuned, merge, storing
 from lorasweep.model.scoring import predict_logits
 
 FORMAT = "lorasweep-export"
@@ -79,16 +79,13 @@ def export(base: Base, adapter: Path, to: Path, manifest: Mapping[str, Any]) -> 
     expected = _logits_of_finetuned(base, adapter)
     writing = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        _write_model(base, adapter, writing)
-        _verify(writing, expected)
-        _write_manifest(base, manifest, writing)
-        _put_in_place(writing, target)
-    except OSError as error:
-        what = f"the model can't be written: {error.strerror or error}"
-        advice = "Make room, or choose a folder on another disk."
-        raise StorageError(Problem(str(target), what, advice)) from error
+        with storing(target, "the model", "Make room, or choose a folder on another disk."):
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+            _write_model(base, adapter, writing)
+            _verify(writing, expected)
+            _write_manifest(base, manifest, writing)
+            _put_in_place(writing, target)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return target

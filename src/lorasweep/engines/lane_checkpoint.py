@@ -27,7 +27,7 @@ from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_file import UnfitError, fill_lane, lane_content, read_lane
 from lorasweep.model.base import Base
-from lorasweep.model.checkpoint import save_adapter, write_whole, writing_path
+from lorasweep.model.checkpoint import save_adapter, storing, write_whole, writing_path
 from lorasweep.model.lane_weights import LaneState
 
 _log = logging.getLogger(__name__)
@@ -201,11 +201,15 @@ def hand_over(earlier: Path, path: Path) -> bool:
 
     Returns:
         Whether there was one.
+
+    Raises:
+        StorageError: It can't be moved there.
     """
     if not earlier.exists():
         discard(earlier)
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    earlier.replace(path)
+    with storing(path, "the checkpoint"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        earlier.replace(path)
     discard(earlier)
     return True

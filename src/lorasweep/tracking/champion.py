@@ -18,6 +18,7 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from transformers.utils import logging as transformers_logging
 
+from lorasweep.model.checkpoint import storing
 from lorasweep.tracking import store
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
@@ -36,6 +37,7 @@ ALIAS = "champion"
 _MODEL_TAG = "lorasweep.model_id"  # a version that is searched for comes without its model's id
 _BATCH_SIZE = 32
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "safetensors", "pandas")
+_MAKE_ROOM = "Make room there or set TMPDIR to another folder, then run the same command again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ def log_champion(
 
     Raises:
         TrackingError: The store refuses.
+        StorageError: There is no room in the folder for temporary files.
     """
     client = tracker.client
     with store.telling(tracker.uri, f"register the model {model_name!r}"):
@@ -96,7 +99,8 @@ def log_champion(
         if known is None:
             with _no_bars(), tempfile.TemporaryDirectory(prefix="lorasweep-") as scratch:
                 weights = Path(scratch) / "weights"
-                _save_weights(model, tokenizer, label_names, weights)
+                with storing(weights, "the champion", _MAKE_ROOM):
+                    _save_weights(model, tokenizer, label_names, weights)
                 model_id = _log(
                     tracker,
                     run_id,
@@ -160,22 +164,23 @@ def _log(
         tracker.experiment_id, name="model", source_run_id=run_id, params=params
     )
     try:
-        mlflow.pyfunc.save_model(
-            path=str(saved),
-            python_model=Path(__file__).with_name("served_model.py"),
-            artifacts={"model": str(weights)},
-            model_config={"max_length": max_length, "batch_size": _BATCH_SIZE},
-            signature=_signature(label_names),
-            input_example=examples,
-            pip_requirements=[f"{p}=={installed(p).split('+')[0]}" for p in _REQUIREMENTS],
-            mlflow_model=Model(
-                artifact_path=logged.artifact_location,
-                run_id=run_id,
-                model_id=logged.model_id,
-                model_uuid=logged.model_id,
-            ),
-            metadata=dict(metadata),
-        )
+        with storing(saved, "the champion", _MAKE_ROOM):
+            mlflow.pyfunc.save_model(
+                path=str(saved),
+                python_model=Path(__file__).with_name("served_model.py"),
+                artifacts={"model": str(weights)},
+                model_config={"max_length": max_length, "batch_size": _BATCH_SIZE},
+                signature=_signature(label_names),
+                input_example=examples,
+                pip_requirements=[f"{p}=={installed(p).split('+')[0]}" for p in _REQUIREMENTS],
+                mlflow_model=Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=run_id,
+                    model_id=logged.model_id,
+                    model_uuid=logged.model_id,
+                ),
+                metadata=dict(metadata),
+            )
         client.log_model_artifacts(logged.model_id, str(saved))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")

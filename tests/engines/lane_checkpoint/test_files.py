@@ -10,12 +10,14 @@ import pytest
 import torch
 from recorder import Recorder
 from safetensors.torch import save_file
+from small_disk import room_for
 from stopped_packs import NEIGHBOURS, NEVER, STEPS, assert_same, at, but_the_second, cut, run
 
 from lorasweep.core.errors import StorageError
 from lorasweep.core.outcomes import Outcome, StepReport, TrialState
 from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.engines.lane import Lane
+from lorasweep.engines.lane_checkpoint import hand_over
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packed import PackedEngine
@@ -82,17 +84,13 @@ def test_the_checkpoint_outlives_the_outcome_until_it_was_taken(engine, plans):
     assert not [plan for plan in plans if plan.checkpoint.exists()]
 
 
-def test_a_full_disk_stops_the_sweep_with_a_sentence(engine, plans, monkeypatch):
+def test_a_full_disk_stops_the_sweep_with_a_sentence(engine, plans):
     cut(engine(), plans, at(StepReport, 1, 5))
     before = plans[0].checkpoint.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"checkpoint can't be written: No space left"):
-            list(engine(checkpoint_seconds=0).run(plans, Recorder(but_the_second)))
+    said = "the checkpoint can't be written: File too large"
+    # The adapter of the best epoch, which comes along, is a quarter of a checkpoint.
+    with room_for(len(before) // 2), pytest.raises(StorageError, match=said):
+        list(engine(checkpoint_seconds=0).run(plans[:1], Recorder(but_the_second)))
     assert plans[0].checkpoint.read_bytes() == before
     assert sorted(path.name for path in plans[0].folder.iterdir()) == [
         "adapter",
@@ -108,6 +106,16 @@ def test_a_full_disk_does_not_hide_why_it_was_stopped(engine, plans, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     cut(engine(), plans, at(StepReport, 1, 2))
     assert "No space left" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_handed_over_is_said_and_stays(tmp_path):
+    earlier, later = (tmp_path / name / "checkpoint.safetensors" for name in ("0001", "0002"))
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"all of it")
+    later.parent.write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match=f"{later}: the checkpoint can't be written"):
+        hand_over(earlier, later)
+    assert earlier.read_bytes() == b"all of it"
 
 
 def spoil_tensor(path):
