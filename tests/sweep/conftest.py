@@ -41,7 +41,9 @@ def open_tracker() -> Callable[[Spec], MlflowTracker]:
     def make(spec: Spec) -> MlflowTracker:
         paths = sweep_paths(spec.output, spec.name)
         uri = paths.tracking_uri(spec.tracking.uri)
-        return MlflowTracker.open(uri, spec.name, paths.mlflow_artifacts)
+        return MlflowTracker.open(
+            uri, spec.tracking.experiment or spec.name, paths.mlflow_artifacts
+        )
 
     return make
 

@@ -19,9 +19,9 @@ TRAINER = EngineUse("trainer (too few trials to train any at once)", 2, 1)
 def test_commands_are_kept_in_order(tmp_path):
     ledger = tmp_path / "engine.jsonl"
     assert kept(ledger) == ()
-    keep(ledger, PACKED)
-    keep(ledger, TRAINER)
-    assert kept(ledger) == (PACKED, TRAINER)
+    keep(ledger, PACKED, "s")
+    keep(ledger, TRAINER, "s")
+    assert kept(ledger) == kept(ledger, "s") == (PACKED, TRAINER)
     assert [path.name for path in tmp_path.iterdir()] == ["engine.jsonl"]
 
 
@@ -32,16 +32,28 @@ def test_a_line_of_a_later_version_can_be_read(tmp_path):
     assert kept(ledger) == (EngineUse("packed", 1, 2),)
 
 
+def test_commands_of_a_deleted_study_stay_in_the_file_and_are_passed_over(tmp_path):
+    ledger = tmp_path / "engine.jsonl"
+    line = {"engine": "packed", "trials": 1, "lanes": 2}  # of a version that named no study
+    ledger.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    keep(ledger, PACKED, "deleted")
+    keep(ledger, TRAINER, "begun anew")
+    unnamed = EngineUse("packed", 1, 2)
+    assert kept(ledger, "begun anew") == (unnamed, TRAINER)
+    assert kept(ledger, "deleted") == (unnamed, PACKED)
+    assert kept(ledger) == (unnamed, PACKED, TRAINER)
+
+
 def test_a_full_disk_is_said_and_costs_no_older_line(tmp_path, monkeypatch):
     ledger = tmp_path / "engine.jsonl"
-    keep(ledger, TRAINER)
+    keep(ledger, TRAINER, "s")
 
     def full(self, target):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        keep(ledger, PACKED)
+        keep(ledger, PACKED, "s")
     assert kept(ledger) == (TRAINER,)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors import SafetensorError
+from small_disk import room_for
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lorasweep.core.errors import StorageError
 from lorasweep.tracking.champion import Champion, log_champion
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
@@ -140,6 +143,36 @@ def test_the_same_winner_is_registered_once(log: Any, run_id: str, client: Mlflo
     assert (first.created, again.created) == (True, False)
     assert (again.version, again.model_id) == (first.version, first.model_id)
     assert len(client.search_model_versions("name = 'reviews'")) == 1
+
+
+FULL = r"the champion can't be written: File too large\. Make room there or set TMPDIR"
+
+
+def test_no_room_for_the_weights_is_said_and_the_next_command_registers(
+    log: Any, run_id: str
+) -> None:
+    with room_for(4000), pytest.raises(StorageError, match=FULL) as raised:
+        log(run_id)
+    assert isinstance(raised.value.__cause__, SafetensorError)
+    assert log(run_id).created
+
+
+def test_no_room_for_what_mlflow_makes_of_them_is_said_too(
+    log: Any, run_id: str, tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = mlflow.pyfunc.save_model
+
+    def full(**arguments: Any) -> None:
+        with room_for(4000):
+            save(**arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.pyfunc, "save_model", full)
+        with pytest.raises(StorageError, match=FULL):
+            log(run_id)
+    (left,) = tracker.client.search_logged_models([tracker.experiment_id])
+    assert str(left.status) == "FAILED"
+    assert log(run_id).created
 
 
 def champion_version(client: MlflowClient) -> str:

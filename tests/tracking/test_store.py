@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from lorasweep.core.errors import TrackingError
 from lorasweep.tracking import store
@@ -92,6 +93,15 @@ def test_a_password_is_not_repeated() -> None:
     message = refusal("ftp://user:secret@host/runs")
     assert "user:***@host" in message
     assert "secret" not in message
+
+
+def test_a_password_that_mlflow_repeats_is_not() -> None:
+    uri = "http://me:secret@hub:5000"
+    said = f"API request to {uri}/api/2.0/mlflow/runs/log-batch failed with exception timed out"
+    with pytest.raises(TrackingError) as caught, store.telling(uri, "log metrics"):
+        raise MlflowException(said)
+    assert "API request to http://me:***@hub:5000/api/2.0/mlflow" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

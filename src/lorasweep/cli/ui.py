@@ -22,9 +22,10 @@ def command(spec_file: str, overrides: tuple[str, ...], port: int) -> None:
     from lorasweep.core.paths import sweep_paths
     from lorasweep.tracking.store import ui_command
     from lorasweep.tracking.view import view_address
+    from lorasweep.tracking.wording import redacted
 
     if spec.tracking.uri != "sqlite" and spec.tracking.uri.startswith(("http:", "https:")):
-        click.echo(f"This sweep is tracked by a server; its UI is at {spec.tracking.uri}")
+        click.echo(f"This sweep is tracked by a server; its UI is at {redacted(spec.tracking.uri)}")
         return
     paths = sweep_paths(spec.output, spec.name)
     if spec.tracking.uri == "sqlite" and not paths.mlflow_database.exists():

@@ -216,7 +216,8 @@ class FinishedSweep:
         samples: Texts shown before and after training: ``(text, before, after)`` with the
             probabilities of each label, from the untrained and the fine-tuned model.
         openings: Every time that a model was scored on the test split: ISO time, winner's
-            trial number, reason. More than one weakens the conclusion, and is said.
+            trial number, reason; ``study`` where trials are of several, all but the last of them
+            deleted. More than one weakens the conclusion, and is said.
         history: Validation scores of every trial by epoch: number -> ``((epoch, score), …)``.
         environment: Versions, machine, git commit.
         engine_uses: How each command trained, the first one first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorasweep.core.errors import NothingToReportError, Problem, StorageError
 from lorasweep.core.outcomes import FinishedSweep, TrialRecord
 from lorasweep.model.checkpoint import load_finetuned, merge
@@ -10,10 +12,11 @@ from lorasweep.sweep.engine_ledger import kept
 from lorasweep.sweep.events import Listener, Said
 from lorasweep.sweep.finalists import Finalists, adapter_exists
 from lorasweep.sweep.prepare import Prepared, to_be_shown
+from lorasweep.sweep.runs import trial_run
 from lorasweep.tracking.champion import log_champion
 from lorasweep.tracking.environment import describe
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
-from lorasweep.tracking.store import redacted
+from lorasweep.tracking.wording import redacted
 
 _EXAMPLES = 3
 
@@ -49,7 +52,8 @@ def conclude(
     """
     spec, corpus = prepared.spec, prepared.corpus
     best = winner_of(prepared, study)
-    finalists = Finalists(prepared, best, listener)
+    best = replace(best, run_id=trial_run(prepared, study, tracker, parent, best))
+    finalists = Finalists(prepared, study.id, best, listener)
     test = finalists.test_predictions()
     samples = finalists.samples()
     facts = study.facts(best.number)
@@ -68,7 +72,7 @@ def conclude(
             "architecture": str(prepared.base.config.model_type),
         },
         seeds={"sweep": spec.seed, "best_trial": best.seed},
-        trials=study.records(),
+        trials=tuple(best if one.number == best.number else one for one in study.records()),
         best=best,
         facts=facts,
         test=test,
@@ -76,7 +80,7 @@ def conclude(
         openings=finalists.openings,
         history={record.number: study.history(record.number) for record in study.records()},
         environment=describe(),
-        engine_uses=kept(prepared.paths.engine),
+        engine_uses=kept(prepared.paths.engine, study.id),
         tracking={"uri": redacted(tracker.uri), "experiment": tracker.experiment, "run_id": parent},
     )
 

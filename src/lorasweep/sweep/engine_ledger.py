@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from lorasweep.core.engine_use import EngineUse, in_mebibytes
 from lorasweep.core.errors import Problem, StorageError
 
+_STUDY = "study"
 
-def keep(ledger: Path, use: EngineUse) -> None:
+
+def keep(ledger: Path, use: EngineUse, study: str) -> None:
     """Append what a command did.
 
     Args:
         ledger: The sweep's ``engine.jsonl``; made when it isn't there.
         use: What was done.
+        study: Id of the study that the command worked on.
 
     Raises:
         StorageError: The file can't be written.
@@ -23,7 +27,7 @@ def keep(ledger: Path, use: EngineUse) -> None:
     try:
         # Written anew and put in place, so that a kill leaves no half a line behind.
         writing = ledger.with_name(f".{ledger.name}.partial")
-        lines = [json.dumps(asdict(one)) + "\n" for one in (*kept(ledger), use)]
+        lines = [json.dumps(one) + "\n" for one in (*_lines(ledger), asdict(use) | {_STUDY: study})]
         writing.write_text("".join(lines), encoding="utf-8")
         writing.replace(ledger)
     except OSError as error:
@@ -31,17 +35,27 @@ def keep(ledger: Path, use: EngineUse) -> None:
         raise StorageError(Problem(str(ledger), what, "Free space and run it again.")) from None
 
 
-def kept(ledger: Path) -> tuple[EngineUse, ...]:
-    """What earlier commands did, the first one first; keys of other versions are passed over."""
+def kept(ledger: Path, study: str | None = None) -> tuple[EngineUse, ...]:
+    """What earlier commands did, the first one first; keys of other versions are passed over.
+
+    Args:
+        ledger: The sweep's ``engine.jsonl``; it may not be there.
+        study: Id of the study whose commands are asked for, so that those of one that was deleted
+            are passed over; None for all. A line of a version that named no study always counts.
+    """
+    known = {field.name for field in fields(EngineUse)}
+    return tuple(
+        EngineUse(**{key: value for key, value in line.items() if key in known})
+        for line in _lines(ledger)
+        if study is None or line.get(_STUDY, study) == study
+    )
+
+
+def _lines(ledger: Path) -> tuple[dict[str, Any], ...]:
     if not ledger.exists():
         return ()
-    known = {field.name for field in fields(EngineUse)}
     lines = ledger.read_text(encoding="utf-8").splitlines()
-    return tuple(
-        EngineUse(**{key: value for key, value in json.loads(line).items() if key in known})
-        for line in lines
-        if line.strip()
-    )
+    return tuple(json.loads(line) for line in lines if line.strip())
 
 
 def metrics(use: EngineUse) -> dict[str, float]:

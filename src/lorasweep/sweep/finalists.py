@@ -9,8 +9,10 @@ opened for several winners has begun to choose among them.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from lorasweep.core.plans import EngineSettings
 from lorasweep.core.seeding import derive_seed
 from lorasweep.data.tokens import encode
 from lorasweep.evaluation.metrics import probabilities
-from lorasweep.model.checkpoint import load_finetuned
+from lorasweep.model.checkpoint import load_finetuned, storing, write_through, write_whole
 from lorasweep.model.precision import pick_device
 from lorasweep.model.scoring import predict_logits
 from lorasweep.sweep.events import Listener, Said, Warned
@@ -41,12 +43,16 @@ class Finalists:
 
     Args:
         prepared: Data and base.
+        study: Id of the study: one that was deleted had trials of the same numbers.
         winner: The best trial by validation.
         listener: Told when the test split is opened.
     """
 
-    def __init__(self, prepared: Prepared, winner: TrialRecord, listener: Listener) -> None:
+    def __init__(
+        self, prepared: Prepared, study: str, winner: TrialRecord, listener: Listener
+    ) -> None:
         self._prepared = prepared
+        self._study = study
         self._winner = winner
         self._listener = listener
         self._folder = prepared.paths.test
@@ -78,9 +84,7 @@ class Finalists:
         if missing:
             self._listener(Said(f"Opening the test split for {', '.join(missing)}"))
             fresh = {model: makers[model][1]() for model in missing}
-            self._enter(missing)
-            for model, values in fresh.items():
-                self._store(model, makers[model][0], values)
+            self._store({model: (makers[model][0], fresh[model]) for model in missing})
             found |= fresh
         labels = np.asarray(test.labels, dtype=np.int64)
         return {
@@ -104,7 +108,24 @@ class Finalists:
 
     @property
     def openings(self) -> tuple[dict[str, Any], ...]:
-        """The ledger: every time that something was scored on the test split."""
+        """The ledger: every time that something was scored on the test split.
+
+        Where studies were deleted, ``study`` counts them from 1 instead of naming them by ids,
+        which would differ between two runs of one spec; else there is no such key.
+        """
+        entries = self._entries()
+        studies = list(dict.fromkeys(entry["study"] for entry in entries))
+        if len(studies) > 1:
+            return tuple(e | {"study": studies.index(e["study"]) + 1} for e in entries)
+        return tuple({k: v for k, v in entry.items() if k != "study"} for entry in entries)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The ledger's lines; those of a version that named no study are of the first one named."""
+        lines = self._lines()
+        first = next((line["study"] for line in lines if "study" in line), self._study)
+        return [line | {"study": line.get("study", first)} for line in lines]
+
+    def _lines(self) -> tuple[dict[str, Any], ...]:
         ledger = self._folder / "ledger.jsonl"
         if not ledger.exists():
             return ()
@@ -166,41 +187,63 @@ class Finalists:
                 return None
             return np.asarray(archive["probabilities"], dtype=np.float64)
 
-    def _store(self, model: str, key: str, values: NDArray[np.float64]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{model}.partial.npz"
-        np.savez(temporary, key=np.array(key), probabilities=values)
-        temporary.replace(self._folder / f"{model}.npz")
+    def _store(self, fresh: Mapping[str, tuple[str, NDArray[np.float64]]]) -> None:
+        """Store what was scored, and enter it in the ledger.
+
+        The entry comes when only renames are left: a disk that is full before enters nothing,
+        since nobody has seen a number. A kill after it has the next command enter another one.
+
+        Raises:
+            StorageError: The disk is full or can't be written.
+        """
+        beside = {model: self._folder / f".{model}.partial.npz" for model in fresh}
+        try:
+            with storing(self._folder, "the predictions on the test split"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for model, (key, values) in fresh.items():
+                    content = io.BytesIO()
+                    np.savez(content, key=np.array(key), probabilities=values)
+                    write_through(beside[model], content.getvalue())
+                self._enter(list(fresh))
+                for model, path in beside.items():
+                    path.replace(self._folder / f"{model}.npz")
+        finally:
+            for path in beside.values():
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _enter(self, models: Sequence[str]) -> None:
-        earlier = [entry for entry in self.openings if FINETUNED in entry["models"]]
+        lines, mine = self._lines(), (self._study, self._winner.number)
+        earlier = [entry for entry in self._entries() if FINETUNED in entry["models"]]
+        study, trial = (earlier[-1]["study"], earlier[-1]["trial"]) if earlier else mine
         reason = "first opening"
-        if FINETUNED in models and earlier and earlier[-1]["trial"] == self._winner.number:
+        if FINETUNED in models and earlier and (study, trial) == mine:
             # Its weights or the data were changed by hand, or a kill came before they were stored.
             reason = "the same winner again: no stored predictions belong to its weights and data"
             self._listener(Warned("The test split is opened again for the same winner."))
         elif FINETUNED in models and earlier:
-            reason = f"the winner changed from trial {earlier[-1]['trial']}"
+            reason = f"the winner changed from trial {trial}"
+            if study != self._study:
+                reason += " of a study that was deleted"
             self._listener(
                 Warned(
                     "The test split is opened again for another winner; "
                     "the report says so, since its p-values now flatter the winner."
                 )
             )
-        elif self.openings:
+        elif lines:
             reason = "a baseline was added"
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "study": self._study,
             "trial": self._winner.number,
             "models": list(models),
             "reason": reason,
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
         # Written anew and put in place, so that a full disk leaves no half a line behind.
-        writing = self._folder / ".ledger.partial.jsonl"
-        lines = [json.dumps(line) + "\n" for line in (*self.openings, entry)]
-        writing.write_text("".join(lines), encoding="utf-8")
-        writing.replace(self._folder / "ledger.jsonl")
+        text = "".join(json.dumps(line) + "\n" for line in (*lines, entry))
+        ledger = self._folder / "ledger.jsonl"
+        write_whole(ledger, text.encode(), "the ledger of the test split")
 
 
 def head_seed(trial_seed: int) -> int:

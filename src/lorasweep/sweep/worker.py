@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
+from lorasweep.core.errors import TrackingError
 from lorasweep.core.outcomes import Outcome, TrialRecord, TrialState
 from lorasweep.core.paths import run_name
 from lorasweep.core.plans import TrialPlan
 from lorasweep.core.protocols import Engine
 from lorasweep.engines.lane_checkpoint import discard, hand_over
+from lorasweep.model.checkpoint import storing, write_whole
 from lorasweep.search.study import Asked, Study
 from lorasweep.spec.loader import dump_spec
 from lorasweep.spec.resolve import plan_trial
@@ -26,8 +28,9 @@ from lorasweep.sweep.events import (
 )
 from lorasweep.sweep.prepare import Prepared, to_be_shown
 from lorasweep.sweep.reporter import SweepReporter
-from lorasweep.tracking.environment import describe
+from lorasweep.sweep.runs import run_params, run_tags
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
+from lorasweep.tracking.store import impatient
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Worker:
         self._run_ids: dict[int, str] = {}
         self._in_flight: set[int] = set()
         self._deadline = float("inf")
-        self._tags = _tags(prepared, study, engine_reason)
+        self._tags = run_tags(prepared, study, engine_reason)
 
     def run(self) -> SweepResult:
         """Carry the sweep on to its total, or to its time limit.
@@ -88,24 +91,29 @@ class Worker:
         spec = self._prepared.spec
         if spec.search.timeout_minutes is not None:
             self._deadline = time.monotonic() + 60 * spec.search.timeout_minutes
-        parent = self._open_parent()
-        self._take_up(parent)
-        earlier = tuple(r for r in self._study.records() if r.state.is_final)
-        self._listener(
-            SweepStarted(
-                spec.name, spec.search.objective, spec.search.trials, earlier, self._engine_reason
-            )
-        )
-        reporter = SweepReporter(
-            self._study,
-            self._tracker,
-            self._run_ids,
-            self._prepared.validation.labels,
-            self._prepared.corpus.label_names,
-            spec.search.objective,
-            self._listener,
-        )
+        parent = self._tracker.open_sweep(spec.name, self._tags)
         try:
+            self._describe_sweep(parent)
+            self._take_up(parent)
+            earlier = tuple(r for r in self._study.records() if r.state.is_final)
+            self._listener(
+                SweepStarted(
+                    spec.name,
+                    spec.search.objective,
+                    spec.search.trials,
+                    earlier,
+                    self._engine_reason,
+                )
+            )
+            reporter = SweepReporter(
+                self._study,
+                self._tracker,
+                self._run_ids,
+                self._prepared.validation.labels,
+                self._prepared.corpus.label_names,
+                spec.search.objective,
+                self._listener,
+            )
             # Closed before anything is marked: the engine then checkpoints what is under way.
             resumption = self._study.resumption
             run = self._engine.run(self._plans(parent), reporter, resumption)
@@ -115,8 +123,7 @@ class Worker:
         except BaseException as error:
             # Ctrl-C, a kill signal, or an error that concerns all trials: whatever it is,
             # the trials under way didn't fail by themselves and will be taken up again.
-            self._interrupt_running(type(error).__name__)
-            self._tracker.finish(parent, TrialState.INTERRUPTED)
+            self._interrupt_running(type(error).__name__, parent)
             raise
         self._listener(TrainingEnded())
         finished = self._study.remaining == 0 or self._study.exhausted
@@ -131,9 +138,8 @@ class Worker:
             self._listener(Said(f"Every point of the space was tried: {tried} trials."))
         return SweepResult(self._study.records(), best, parent, finished)
 
-    def _open_parent(self) -> str:
+    def _describe_sweep(self, parent: str) -> None:
         prepared, spec = self._prepared, self._prepared.spec
-        parent = self._tracker.open_sweep(spec.name, self._tags)
         self._tracker.log_params(
             parent,
             {
@@ -149,10 +155,9 @@ class Worker:
             },
         )
         resolved = dump_spec(to_be_shown(spec))
-        prepared.paths.spec.write_text(resolved, encoding="utf-8")
+        write_whole(prepared.paths.spec, resolved.encode(), "the spec")
         self._tracker.log_text(parent, resolved, "spec.yaml")
         self._tracker.log_corpus(parent, prepared.corpus)
-        return parent
 
     def _take_up(self, parent: str) -> None:
         """Close what a killed command left open, in the study and in the tracker alike."""
@@ -189,12 +194,13 @@ class Worker:
         plan = plan_trial(
             spec, asked.number, asked.seed, asked.parameters, folder, begins=asked.begins
         )
-        plan.folder.mkdir(parents=True, exist_ok=True)
+        with storing(plan.folder, "the folder of the trial"):
+            plan.folder.mkdir(parents=True, exist_ok=True)
         self._bring_checkpoint(plan, asked.retry_of)
         tags = dict(self._tags)
         if asked.retry_of is not None:
             tags["lorasweep.retry_of"] = run_name(asked.retry_of)
-        params = _params(plan) | {"sweep_seed": spec.seed}
+        params = run_params(plan, spec.seed)
         run_id = self._tracker.start_trial(parent, asked.number, params, tags)
         self._run_ids[asked.number] = run_id
         self._study.set_run_id(asked.number, run_id)
@@ -228,63 +234,33 @@ class Worker:
         if outcome.traceback:
             self._tracker.log_text(run_id, outcome.traceback, "traceback.txt")
             folder = self._prepared.paths.trial(outcome.trial)
-            (folder / "traceback.txt").write_text(outcome.traceback, encoding="utf-8")
+            write_whole(folder / "traceback.txt", outcome.traceback.encode(), "the traceback")
         self._tracker.log_metrics(run_id, {"seconds": outcome.seconds}, step=outcome.steps)
         if record.reason:
             self._tracker.log_text(run_id, record.reason, "reason.txt")
         self._tracker.finish(run_id, record.state)
         self._listener(TrialEnded(record, self._study.best()))
 
-    def _interrupt_running(self, reason: str) -> None:
-        for number in sorted(self._in_flight):
+    def _interrupt_running(self, reason: str, parent: str) -> None:
+        """Mark the trials under way, every one of them in the study before any in the tracker.
+
+        A tracker that is gone may be why the command stops, and never hides the reason: it is
+        asked briefly, and no more once it refuses. The next command closes what is open there.
+        """
+        stopped = sorted(self._in_flight)
+        for number in stopped:
             self._study.interrupt(number, reason)
-            if number in self._run_ids:
-                self._tracker.finish(self._run_ids[number], TrialState.INTERRUPTED)
-            record = next(r for r in self._study.records() if r.number == number)
-            self._listener(TrialEnded(record, self._study.best()))
-
-
-def identity_tags(prepared: Prepared, study: Study) -> dict[str, str]:
-    """What ties a run to this spec and to this study, and to no earlier one of the same name."""
-    return {"lorasweep.spec": prepared.fingerprint, "lorasweep.study_id": study.id}
-
-
-def parent_run(prepared: Prepared, study: Study, tracker: MlflowTracker) -> str:
-    """The sweep's parent run, left as it stands; a new one if the tracker was changed since."""
-    name, tags = prepared.spec.name, identity_tags(prepared, study)
-    return tracker.find_sweep(name, tags) or tracker.open_sweep(name, tags)
-
-
-def _tags(prepared: Prepared, study: Study, engine: str) -> dict[str, str]:
-    """What every run of the sweep bears, so that each can be understood by itself."""
-    environment = describe()
-    versions = environment.get("versions", {})
-    return {
-        **identity_tags(prepared, study),
-        "lorasweep.study": prepared.spec.name,
-        "lorasweep.objective": prepared.spec.search.objective,
-        "lorasweep.engine": engine,
-        "mlflow.source.git.commit": str(environment.get("git_commit") or "none"),
-        **{f"lorasweep.version.{name}": str(version) for name, version in versions.items()},
-    }
-
-
-def _params(plan: TrialPlan) -> dict[str, bool | int | float | str | None]:
-    """The trial's parameters as MLflow shows them: sampled or fixed, all of them, short names."""
-    adapter = plan.adapter
-    return {
-        "learning_rate": plan.learning_rate,
-        "epochs": plan.epochs,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "scaling": adapter.scaling,
-        "dropout": adapter.dropout,
-        "targets": ",".join(adapter.targets),
-        "top_layers": adapter.top_layers,
-        "batch_size": plan.batch_size,
-        "weight_decay": plan.weight_decay,
-        "warmup": plan.warmup,
-        "scheduler": plan.scheduler,
-        "max_grad_norm": plan.max_grad_norm,
-        "trial_seed": plan.seed,
-    }
+        for record in self._study.records():
+            if record.number in self._in_flight:
+                self._listener(TrialEnded(record, self._study.best()))
+        runs = [self._run_ids[number] for number in stopped if number in self._run_ids]
+        try:
+            with impatient():
+                for run_id in (*runs, parent):
+                    self._tracker.finish(run_id, TrialState.INTERRUPTED)
+        except TrackingError:
+            self._listener(
+                Warned(
+                    "The MLflow store refuses; the next command closes the runs left open there."
+                )
+            )

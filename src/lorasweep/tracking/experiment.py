@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from lorasweep.core.errors import Problem, TrackingError
 from lorasweep.tracking import store
+from lorasweep.tracking.wording import redacted
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI asks, or guesses
 
@@ -51,7 +52,7 @@ def open_experiment(
                 "tracking.experiment",
                 f"the experiment {name!r} was deleted in MLflow",
                 "Name another one, or bring it back with: MLFLOW_TRACKING_URI="
-                f"{store.redacted(uri)} mlflow experiments restore -x {found.experiment_id}",
+                f"{redacted(uri)} mlflow experiments restore -x {found.experiment_id}",
             )
         )
     return found

@@ -27,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import ArgumentError, SADeprecationWarning, SQLAlchemyError
 
 from lorasweep.core.errors import Problem, TrackingError
+from lorasweep.tracking.wording import redacted
 
 WHERE = "tracking.uri"
 PATIENCE = 10
@@ -47,7 +48,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     _quiet()
     check(uri)
-    with telling(uri, "open"), _impatient(), warnings.catch_warnings():
+    with telling(uri, "open"), impatient(), warnings.catch_warnings():
         # MLflow 3.17 maps a relationship in a way that SQLAlchemy 2.1 calls deprecated; it says
         # so while MLflow's own module is imported, and no one here can do anything about it.
         warnings.filterwarnings("ignore", "The ``noload`` loader", SADeprecationWarning)
@@ -75,7 +76,7 @@ def check(uri: str, *, writing: bool = True) -> None:
         _check_database(uri)
     elif scheme in ("", "file"):
         raise _problem(
-            f"{uri!r} names a folder, and MLflow no longer writes runs into folders",
+            f"{redacted(uri)!r} names a folder, and MLflow no longer writes runs into folders",
             "Write `sqlite` for mlruns/mlflow.db, or a database or server; `mlflow "
             "migrate-filestore` moves runs that you have in a folder.",
         )
@@ -137,11 +138,6 @@ def sqlite_path(uri: str) -> Path | None:
     if urlsplit(uri).scheme.split("+")[0] != "sqlite":
         return None
     return Path(sqlalchemy.make_url(uri).database or ":memory:")
-
-
-def redacted(uri: str) -> str:
-    """Return the URI without its password, for messages and documents."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
 
 
 @contextmanager
@@ -220,7 +216,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_server(uri: str) -> None:
-    with telling(uri, "answer"), _impatient():
+    with telling(uri, "answer"), impatient():
         try:
             _ping(uri)
         except MlflowException as error:
@@ -273,7 +269,7 @@ def settings(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _impatient() -> AbstractContextManager[None]:
+def impatient() -> AbstractContextManager[None]:
     """Have MLflow ask a server once and briefly."""
     return settings(
         {
@@ -307,4 +303,6 @@ def _root_cause(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     """The first line of what an exception says, short enough for a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(". ")
+    # MLflow names the address that it asked, with the password in it.
+    line = re.sub(r"\S+://\S+", lambda found: redacted(found[0]), lines[0])
+    return line[:300].rstrip(". ")

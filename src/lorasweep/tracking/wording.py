@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from urllib.parse import unquote_plus
 
 from lorasweep.core.plans import ParameterValue
 
@@ -14,6 +15,12 @@ TAG_CHARACTERS = 8_000
 KEY_CHARACTERS = 250
 
 _FOREIGN = re.compile(r"[^\w\-. /:]", re.ASCII)
+# As SQLAlchemy reads a URL, where a password has every sign but @. More of them before the next
+# slash are those of somebody who didn't know that.
+_PASSWORD = re.compile(r"(://[^:/\[]*):[^@]*@(?:[^@/?#]*@)*")
+# What looks like it and is none: the port of a server, and an @ somewhere in its path.
+_PORT = re.compile(r"https?://[^:/\[]*:\d*(?:[/?#]|$)")
+_SECRET = re.compile(r"(passw|passphrase|pwd|token|secret|api[_-]?key)[\w-]*\s*=", re.IGNORECASE)
 
 
 def param_text(value: ParameterValue) -> str:
@@ -55,6 +62,28 @@ def key(name: str) -> str:
     if clean == name and len(name) <= KEY_CHARACTERS:
         return name
     return f"{clean[: KEY_CHARACTERS - 7]}-{_digest(name)[:6]}"
+
+
+def redacted(uri: str) -> str:
+    """Return a store's URI without passwords and tokens, for messages and documents.
+
+    >>> redacted("postgresql://me:ab/cd@host/runs?sslpassword=ef")
+    'postgresql://me:***@host/runs?sslpassword=***'
+    """
+    address, mark, query = uri.partition("?")
+    shown = address + mark + "&".join(map(_without_secret, query.split("&")))
+    return shown if _PORT.search(shown) else _PASSWORD.sub(r"\1:***@", shown)
+
+
+def _without_secret(setting: str) -> str:
+    """A setting in a URI's query; none of its value where that may be, or hold, a secret.
+
+    An ODBC connection string is one value, percent-encoded, with names and passwords of its own.
+    """
+    if not _SECRET.search(unquote_plus(setting)):
+        return setting
+    name, equals, _ = setting.partition("=")
+    return f"{name}=***" if equals else "***"
 
 
 def _digest(text: str) -> str:
