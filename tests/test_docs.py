@@ -193,7 +193,9 @@ def all_commands() -> dict[str, click.Command]:
 
 
 def test_there_are_commands_to_check():
-    assert {words[1] for words in commands_in(ROOT / "README.md")} == set(all_commands())
+    # The program's name alone, as in a sentence about where it is installed, is no command.
+    called = {words[1] for words in commands_in(ROOT / "README.md") if len(words) > 1}
+    assert called == set(all_commands())
 
 
 @each_page

@@ -209,6 +209,12 @@ def test_bad_input_is_a_sentence_and_exit_code_2(finished, monkeypatch, capfd, w
     assert told.splitlines()[-1].startswith("error: ")
 
 
+def test_the_address_of_a_server_is_shown_without_its_password(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished[0])
+    assert main(["ui", "small.yaml", "--set", "tracking.uri=http://me:secret@hub:5000"]) == 0
+    assert "its UI is at http://me:***@hub:5000" in capfd.readouterr().out
+
+
 def test_validate_tells_every_error_of_the_data_and_writes_nothing(finished, tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("text,label\ngood film,1\nbad film\nfine,2,3\n", encoding="utf-8")
