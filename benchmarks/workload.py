@@ -25,6 +25,10 @@ WEIGHT_DECAY = 0.01
 WARMUP = 0.06
 LABELS = ("negative", "positive")
 MINILM = "embedded/minilm"
+TEXTS = {
+    "sst2": ("sst2/sentences_train.csv", "sst2/sentences_validation.csv"),
+    "imdb": ("imdb/imdb_train_2k.csv", "imdb/imdb_test_2k.csv"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Work:
             sorted by label; None for all.
         lanes: Of the packed engine, a number or ``auto``.
         model: ``embedded/minilm``, or a folder.
+        texts: Which of TEXTS.
         turn: Counted from 0; each turn has seeds of its own, so that the noise of seeds is seen.
     """
 
@@ -47,6 +52,7 @@ class Work:
     validation_rows: int | None = None
     lanes: int | str = "auto"
     model: str = MINILM
+    texts: str = "sst2"
     turn: int = 0
 
     def points(self) -> list[dict[str, Any]]:
@@ -87,6 +93,8 @@ class Work:
     def described(self) -> dict[str, Any]:
         """All but the turn and where the model lies, for the results file."""
         known = {key: value for key, value in asdict(self).items() if key not in ("turn", "model")}
+        if self.texts == "sst2":  # so it was before there was a choice, and files go on
+            del known["texts"]
         return {
             **known,
             "batch_size": BATCH_SIZE,
@@ -112,6 +120,12 @@ def add_work(
     )
     parser.add_argument("--train-rows", type=_positive, help="evenly spaced (all 6,920)")
     parser.add_argument("--validation-rows", type=_positive, help="evenly spaced (all 872)")
+    parser.add_argument(
+        "--texts",
+        choices=TEXTS,
+        default="sst2",
+        help="sst2: whole sentences; imdb: reviews, nearly all of them cut at 128 tokens",
+    )
     parser.add_argument("--lanes", type=_lanes, default="auto", help="of the packed engine")
 
 
@@ -123,6 +137,7 @@ def work_of(arguments: argparse.Namespace, **more: Any) -> Work:
         train_rows=arguments.train_rows,
         validation_rows=arguments.validation_rows,
         lanes=arguments.lanes,
+        texts=arguments.texts,
         turn=arguments.turn,
         **more,
     )
@@ -156,11 +171,12 @@ def time_trials(
 
 
 def read(work: Work) -> tuple[TextSplit, TextSplit]:
-    """SST-2's whole sentences: 6,920 to train, 872 to validate."""
-    folder = Path(os.environ["LORASWEEP_DATA"]) / "sst2"
+    """The texts to train on (SST-2: 6,920 sentences) and to validate with (872)."""
+    folder = Path(os.environ["LORASWEEP_DATA"])
+    train, validation = TEXTS[work.texts]
     return (
-        _split(folder / "sentences_train.csv", "train", work.train_rows),
-        _split(folder / "sentences_validation.csv", "validation", work.validation_rows),
+        _split(folder / train, "train", work.train_rows),
+        _split(folder / validation, "validation", work.validation_rows),
     )
 
 

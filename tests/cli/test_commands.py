@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lorasweep import run_sweep
+from lorasweep.cli import failures
 from lorasweep.cli.app import main
 
 
@@ -213,6 +215,36 @@ def test_the_address_of_a_server_is_shown_without_its_password(finished, monkeyp
     monkeypatch.chdir(finished[0])
     assert main(["ui", "small.yaml", "--set", "tracking.uri=http://me:secret@hub:5000"]) == 0
     assert "its UI is at http://me:***@hub:5000" in capfd.readouterr().out
+
+
+def test_a_password_on_the_command_line_is_not_said_again(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished[0])
+    words = ["--set", "name=other", "--set", "tracking.uri=http://me:secret@hub:5000"]
+    assert main(["status", "small.yaml", *words]) == 0
+    told = capfd.readouterr().out
+    assert "tracking.uri=http://me:***@hub:5000" in told
+    failures.report_failure(KeyboardInterrupt(), ["run", "small.yaml", *words])
+    later = capfd.readouterr().err
+    assert "go on where it stopped: lorasweep run" in later
+    assert "secret" not in told + later
+
+
+def test_a_space_that_is_used_up_is_done(small_sweep, monkeypatch, capfd):
+    monkeypatch.chdir(small_sweep.parent)
+    words = [
+        "--set",
+        "search.space={rank: {choices: [2, 4]}}",
+        "--set",
+        "search.sampler={kind: grid}",
+        "--set",
+        "search.trials=12",
+    ]
+    run_sweep(small_sweep, words[1::2], report=False)
+    assert main(["status", str(small_sweep), *words]) == 0
+    told = capfd.readouterr().out
+    assert "2 of 12 trials done" in told
+    assert "next: lorasweep report" in told
+    assert "go on:" not in told
 
 
 def test_validate_tells_every_error_of_the_data_and_writes_nothing(finished, tmp_path):

@@ -35,7 +35,8 @@ def test_what_counts_as_leaked() -> None:
     assert report.rows == 8
     assert report.contained == 4
     assert report.duplicated == 2
-    assert report.share == 0.5
+    assert report.known == 5  # "so so so" is both
+    assert report.share == 5 / 8
 
 
 def test_repeated_held_out_rows_count_each() -> None:
@@ -58,3 +59,7 @@ def test_agrees_with_the_definition(train: list[str], held: list[str]) -> None:
     report = measure_leakage(split("train", *train), split("validation", *held))
     assert report.contained == expected
     assert report.duplicated == sum(row in train for row in held)
+    either = (
+        row in train or any(inside(row, text) or inside(text, row) for text in long) for row in held
+    )
+    assert report.known == sum(either)

@@ -36,15 +36,15 @@ def test_every_count_is_told():
 
 
 def test_leaks_are_told_where_there_are_some():
-    reports = (LeakageReport("validation", 100, 0, 0), LeakageReport("test", 200, 5, 1))
+    reports = (LeakageReport("validation", 100, 0, 0, 0), LeakageReport("test", 200, 5, 1, 6))
     assert leaks(corpus(leakage=reports)) == (
-        "test: 5 of 200 texts (2.5%) lie in, or contain, a training text, 1 of them the same; "
+        "test: 6 of 200 texts (3.0%) lie in, or contain, a training text, or are the same (1); "
         "scores on them flatter the model",
     )
 
 
 def test_texts_of_one_or_two_words_leak_too_where_they_are_the_same():
-    reports = (LeakageReport("validation", 100, 0, 3), LeakageReport("test", 200, 5, 0))
+    reports = (LeakageReport("validation", 100, 0, 3, 3), LeakageReport("test", 200, 5, 0, 5))
     assert leaks(corpus(leakage=reports)) == (
         "validation: 3 of 100 texts (3.0%) are the same as a training text; "
         "scores on them flatter the model",

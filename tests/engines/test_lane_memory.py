@@ -34,7 +34,7 @@ def make_engine(open_tiny, splits):
 
 def bytes_of(engine: PackedEngine, train: EncodedSplit | None = None) -> int | None:
     largest = engine.settings.largest
-    return lane_bytes(engine.model, engine.base, train or engine.train, engine.device, largest)
+    return lane_bytes(engine.model, engine.copies, train or engine.train, engine.device, largest)
 
 
 def test_a_lane_is_measured_the_same_whether_lanes_are_fixed_or_not(make_engine):

@@ -15,6 +15,7 @@ from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
 from lorasweep.core.outcomes import TrialState, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
+from lorasweep.engines import pack_run
 from lorasweep.engines import packed as packed_module
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_run import PackRun
@@ -143,7 +144,7 @@ def test_pruning_works_among_running_lanes(engine, plan):
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
-@pytest.mark.parametrize("architecture", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "modernbert"])
 def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(
     architecture, kernels, engine, plan, monkeypatch
 ):
@@ -170,6 +171,59 @@ def test_a_nan_fails_its_lane_alone_and_leaves_no_trace_in_the_others(
         assert recorder.losses[trial] == other.losses[trial]
         for a, b in zip(recorder.logits[trial], other.logits[trial], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_logits_that_are_no_numbers_fail_their_trial_and_are_told_to_nobody(
+    engine, plan, monkeypatch
+):
+    """Its losses may be finite all the same: they were of other rows."""
+    plans = [plan(1), plan(2), plan(3)]
+    expected = run(engine(3), plans)
+    made = engine(3)
+    forward = made.model.forward
+
+    def spoil(batch, *, training):
+        logits = forward(batch, training=training)
+        lane = batch.row_spans.lane + batch.lanes.start
+        spoilt = (lane == 1) & (not training)
+        return torch.where(spoilt[:, None], torch.nan, logits)
+
+    monkeypatch.setattr(made.model, "forward", spoil)
+    recorder, outcomes = Recorder(keep_nothing), {}
+    for outcome in made.run(plans, recorder):
+        outcomes[outcome.trial] = outcome
+        made.model.forward = forward  # only the first time, when all three are there
+    assert outcomes[2].state is TrialState.FAILED
+    assert "logits of epoch 1 are not finite" in outcomes[2].reason
+    assert 2 not in recorder.logits
+    for number in (1, 3):
+        assert outcomes[number].state is TrialState.COMPLETED
+        same(expected, recorder, number, NEIGHBOURS)
+
+
+def test_an_epoch_that_is_half_told_when_memory_runs_out_is_not_told_again(
+    engine, plan, monkeypatch
+):
+    """Whoever was told may know the epoch by then, and its adapter wouldn't be kept."""
+    plans = [plan(1), plan(2)]
+    expected = run(engine(2), plans)
+    made, save, calls = engine(2), pack_run.save_adapter, []
+
+    def tight(adapter, folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise MemoryError
+        save(adapter, folder)
+
+    monkeypatch.setattr(pack_run, "save_adapter", tight)
+    recorder = Recorder()
+    outcomes = {outcome.trial: outcome for outcome in made.run(plans, recorder)}
+    assert outcomes[1].state is TrialState.FAILED
+    assert outcomes[1].reason.startswith("out of memory at batch size 8")
+    assert "MemoryError" in outcomes[1].traceback
+    assert [e.epoch for e in recorder.epochs[1]] == [1]
+    assert outcomes[2].state is TrialState.COMPLETED
+    same(expected, recorder, 2, NEIGHBOURS)
 
 
 @pytest.mark.parametrize("places", [4, 64])

@@ -26,7 +26,16 @@ from lorasweep.spec.schema import ModelSpec
 DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
 SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 LOSSES, LOGITS = 1e-4, 1e-3
-ARCHITECTURES = ("bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert")
+ARCHITECTURES = (
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "roberta",
+    "xlm-roberta",
+)
 
 
 def random_split(base: Base, name: str, rows: int, seed: int, longest: int = 24) -> EncodedSplit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 import weakref
 
 import numpy as np
@@ -296,5 +297,20 @@ def test_a_disk_that_cannot_be_written_ends_the_sweep_and_not_one_trial(
     plan = make_plan()
     plan.folder.parent.mkdir(exist_ok=True)
     plan.folder.write_text("a file where the folder should be")
-    with pytest.raises(StorageError, match="can't be written"):
+    with pytest.raises(StorageError, match="the Trainer's folder can't be written"):
         run(open_tiny(), splits, [plan])
+
+
+def test_so_does_one_that_takes_no_adapter(open_tiny, splits, make_plan):
+    plan = make_plan()
+    plan.folder.mkdir(parents=True)
+    in_the_way = plan.folder / f".adapter.{os.getpid()}.writing"
+    in_the_way.write_text("a file where the adapter is written")
+    with pytest.raises(StorageError, match="the adapter can't be written"):
+        run(open_tiny(), splits, [plan])
+
+
+def test_nothing_but_the_adapter_is_left_of_a_trial(open_tiny, splits, make_plan):
+    plan = make_plan()
+    run(open_tiny(), splits, [plan])
+    assert [path.name for path in plan.folder.iterdir()] == ["adapter"]

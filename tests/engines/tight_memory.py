@@ -20,7 +20,7 @@ from lorasweep.model.base import open_base
 from lorasweep.spec.schema import ModelSpec
 
 LANES = 8
-ROOM = 1400 << 20  # bytes: too little for eight lanes of 16 rows of 128 tokens, more than for two
+ROOM = 3.5  # lanes, as they are measured: too little for eight, more than for two
 
 
 class Silent:
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     settings = EngineSettings(precision="fp32", device="cpu")
     engine = PackedEngine(base, split_of(32, 128), split_of(8, 64), settings, LANES)
     taken = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    limit = int(taken) * resource.getpagesize() + ROOM
+    limit = int(taken) * resource.getpagesize() + int(ROOM * (engine.measure_lane() or 0))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcomes = list(engine.run([plan(n, folder) for n in range(LANES)], Silent()))
     print(

@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from filelock import Timeout
 
 from lorasweep import load_spec
 from lorasweep.core.errors import ConflictError, ModelError, StorageError
@@ -45,6 +46,34 @@ def test_the_lock_dies_with_its_holder_and_names_it_meanwhile(small_sweep):
     with open_sweep(spec) as sweep:
         owner = json.loads((sweep.prepared.paths.sweep / "owner.json").read_text())
         assert owner["pid"] == os.getpid()
+
+
+def test_a_holder_that_cannot_be_noted_is_a_sentence_and_holds_nothing(small_sweep):
+    spec = load_spec(small_sweep)
+    owner = sweep_paths(spec.output, spec.name).sweep / "owner.json"
+    owner.mkdir(parents=True)
+    with pytest.raises(StorageError, match="the name of the process can't be written"):
+        open_sweep(spec).__enter__()
+    owner.rmdir()
+    with open_sweep(spec):
+        assert owner.is_file()
+
+
+def test_a_lock_of_somebody_else_is_a_sentence(small_sweep, monkeypatch):
+    def refuse(self, **arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(in_process.FileLock, "acquire", refuse)
+    with (
+        pytest.raises(StorageError, match="can't be locked: Permission denied"),
+        open_sweep(load_spec(small_sweep)),
+    ):
+        pass
+
+
+def test_another_lock_that_is_waited_for_in_vain_is_not_taken_for_the_sweeps(small_sweep):
+    with pytest.raises(Timeout, match="of a cache"), open_sweep(load_spec(small_sweep)):
+        raise Timeout("of a cache")
 
 
 def test_the_handler_of_a_kill_signal_is_put_back(small_sweep):

@@ -7,11 +7,22 @@ import shutil
 import pytest
 import torch
 
+from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
+from lorasweep.model import adapter
 from lorasweep.model.adapter import adapted_modules, attach, trained_whole
 from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.spec.schema import ModelSpec
+
+
+def test_peft_taking_more_than_what_was_meant_is_refused(tiny_base_folder, monkeypatch):
+    """It finds modules by the ends of their names."""
+    base = open_base(ModelSpec(name=str(tiny_base_folder("bert")), max_length=32), ("no", "yes"))
+    first = "bert.encoder.layer.0.attention.self.query"
+    monkeypatch.setattr(adapter, "short_names", lambda names, modules: ["query"])
+    with pytest.raises(ModelError, match="PEFT attached to other modules than meant"):
+        attach(fresh_classifier(base, 0), AdapterPlan(2, 4.0, targets=(first,)), 0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
@@ -19,7 +20,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from lorasweep.core.errors import ModelError
+from lorasweep.core.errors import ModelError, StorageError
 from lorasweep.model import embedded, files
 from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.model.encoders import position_limit, set_base_dropout
@@ -111,6 +112,40 @@ def test_labels_and_digest_go_into_the_base(open_tiny, tiny_base_folder):
     assert model.config.problem_type == "single_label_classification"
     assert model.dtype == torch.float32
     assert not model.training
+
+
+def test_every_shard_of_the_weights_is_read_and_identifies_the_base(copied, open_tiny):
+    folder = copied()
+    whole = fresh_classifier(open_tiny(), seed=1).model.state_dict()
+    model = AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+
+    def opened():
+        return open_base(ModelSpec(name=str(folder), max_length=32), LABELS)
+
+    for name, value in fresh_classifier(opened(), seed=1).model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    digests = {opened().digest}
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        digests.add(opened().digest)
+    assert len(digests) == 1 + len(shards)
+
+
+def test_weights_that_are_gone_when_they_are_read_concern_all_trials(copied):
+    folder = copied()
+    base = open_base(ModelSpec(name=str(folder), max_length=32), LABELS)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(StorageError, match="can't be read any more"):
+        fresh_classifier(base, seed=1)
+    weights.unlink()
+    with pytest.raises(StorageError, match=r"can't be read any more.*run the same command again"):
+        fresh_classifier(base, seed=1)
 
 
 def test_loading_is_silent(open_tiny, caplog, capfd):

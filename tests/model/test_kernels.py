@@ -155,6 +155,43 @@ def test_few_rows_are_shared_out_by_heads(monkeypatch):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("rows", [len(LENGTHS), 1])
+def test_more_threads_give_the_same_numbers(rows, first_only, rate, window, dtype, monkeypatch):
+    """Also where there are fewer rows than threads, and heads are shared out."""
+    tokens = int(LENGTHS[:rows].sum())
+    laid = places(first_only)
+    laid = dataclasses.replace(
+        laid,
+        **{
+            name: getattr(laid, name)[:rows]
+            for name in ("first", "length", "query_first", "query_count")
+        },
+    )
+    made = inputs(first_only, 20, dtype)
+    given = [made[0][: rows if first_only else tokens], made[1][:tokens], made[2][:tokens]]
+    given = [x.detach().requires_grad_() for x in given]
+    dropout = AttentionDropout(torch.arange(tokens) * 7919 + 5, 77, rate) if rate else None
+    upstream = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(300, 37, generator=torch.Generator().manual_seed(3)).to(dtype)
+    mask = Mask(
+        torch.arange(300) * 7919 - 5, 9, torch.arange(300, dtype=torch.int16)[:, None] % 200
+    )
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for _ in range(5):  # a race shows seldom
+            out = CompiledAttention.apply(*given, 0.5, laid, dropout, window)
+            gradients = torch.autograd.grad(out, given, upstream)
+            found.append((out.detach(), *gradients, mask.applied(x, 1.25)))
+    for again in found[1:]:
+        for one, other in zip(found[0], again, strict=True):
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("first_only", [False, True])
 def test_tokens_of_no_row_get_zeros_whatever_lay_in_memory(first_only, monkeypatch):
     def spoiled(*shape, **options):

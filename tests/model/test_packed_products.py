@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lane_numbers import SPANS, numbers
+from transformers import AutoConfig, AutoModel
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
-from lorasweep.model.base import fresh_classifier
+from lorasweep.model.base import Base, fresh_classifier, open_base
 from lorasweep.model.lane_adapter import trained_parameters
 from lorasweep.model.packed_attention import packed_attention
 from lorasweep.model.packed_batch import LaneRows, lay_out
@@ -25,6 +27,7 @@ from lorasweep.model.packed_products import adapted_linear, lane_linear
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import bucket_bounds, make_buckets
 from lorasweep.model.scoring import pad_rows, predict_logits
+from lorasweep.spec.schema import ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -99,12 +102,47 @@ def test_buckets_hold_every_token_once_and_little_padding():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"]
+    "architecture",
+    [
+        "bert",
+        "camembert",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "roberta",
+        "xlm-roberta",
+    ],
 )
 def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
-    """Whole model, three adapters at once, against PEFT one after another."""
     base = open_tiny(architecture, base_dropout=0.0)
-    split = encode(base)
+    assert_gradients_are_pefts(base, encode(base))
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [{"share_att_key": False}, {"pos_att_type": ["c2p"]}, {"pos_att_type": ["p2c"]}],
+    ids=str,
+)
+def test_so_they_are_with_other_kinds_of_relative_positions(
+    kinds, tiny_base_folder, tmp_path, encode
+):
+    """LoRA on positions' own projections included."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base_folder("deberta-v2"), folder)
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in kinds.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder)
+    spec = ModelSpec(name=str(folder), max_length=64, base_dropout=0.0)
+    base = open_base(spec, ("no", "yes"))
+    assert_gradients_are_pefts(base, encode(base))
+
+
+def assert_gradients_are_pefts(base: Base, split: EncodedSplit) -> None:
+    """Whole model, three adapters at once, against PEFT one after another."""
     pack = PackedModel(fresh_classifier(base, 0), CPU, torch.float64)
     plans = [AdapterPlan(2, 4.0), AdapterPlan(8, 4.0, targets=("all-linear",)), AdapterPlan(3, 9.0)]
     models = []
@@ -118,7 +156,10 @@ def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
     rows = [np.array([0, 1, 2]), np.array([6]), np.array([3, 4, 5, 1])]
     batch = lay_out(split, [LaneRows(chosen) for chosen in rows], CPU, training=True)
     logits = pack.forward(batch, training=True)
-    losses = F.cross_entropy(logits, batch.labels, reduction="none") * batch.row_weight
+    # float32, as trials have them, would hide all that is beyond it.
+    weights = torch.tensor([1 / len(c) for c in rows for _ in c], dtype=torch.float64)
+    torch.testing.assert_close(batch.row_weight.double(), weights, rtol=1e-7, atol=0)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none") * weights
     losses.sum().backward()
     pack.weights.collect_gradients()
     at = 0
@@ -128,17 +169,17 @@ def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
         expected = model(
             input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
         ).logits
-        torch.testing.assert_close(logits[at : at + len(chosen)], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits[at : at + len(chosen)], expected, rtol=1e-9, atol=1e-12)
         at += len(chosen)
         F.cross_entropy(expected, padded["labels"]).backward()
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.requires_grad]
         )
-        torch.testing.assert_close(pack.weights.gradient_norms()[lane], norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(pack.weights.gradient_norms()[lane], norm, rtol=1e-9, atol=0)
         for name, parameter, _ in trained_parameters(model):
             found = pack.weights.gradient(name)[lane]
             corner = tuple(slice(n) for n in parameter.shape)
-            torch.testing.assert_close(found[corner], parameter.grad, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(found[corner], parameter.grad, rtol=1e-9, atol=1e-12)
             # What pads a smaller rank has no gradient, so it stays zero for ever.
             padding = found.clone()
             padding[corner] = 0

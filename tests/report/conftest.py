@@ -145,7 +145,7 @@ def make_sweep() -> Make:
                     ),
                     CleaningReport("validation", 200, 200),
                 ),
-                leakage=(LeakageReport("validation", 200, leaked, leaked // 2),),
+                leakage=(LeakageReport("validation", 200, leaked, leaked // 2, leaked),),
                 digests={"train": "a" * 64, "validation": "b" * 64},
                 fingerprint="c" * 64,
                 source="train.csv and test.csv",

@@ -73,7 +73,7 @@ def test_leakage_is_said_where_there_is_more_than_one_in_a_hundred(make_sweep) -
     told = said(make_sweep(leaked=9))
     assert "On validation, 9 of 200 texts (4.5%) lie in, or contain, a training text" in told
     sweep = make_sweep()
-    same = LeakageReport("test", 400, contained=0, duplicated=40)  # of one or two words
+    same = LeakageReport("test", 400, contained=0, duplicated=40, known=40)  # of one or two words
     told = said(replace(sweep, corpus=replace(sweep.corpus, leakage=(same,))))
     assert "On test, 40 of 400 texts (10.0%) are the same as a training text" in told
 

@@ -32,6 +32,16 @@ def test_a_line_of_a_later_version_can_be_read(tmp_path):
     assert kept(ledger) == (EngineUse("packed", 1, 2),)
 
 
+def test_a_line_that_was_damaged_is_passed_over(tmp_path):
+    ledger = tmp_path / "engine.jsonl"
+    keep(ledger, PACKED, "s")
+    with ledger.open("ab") as stream:
+        stream.write(b"\0" * 40 + b"\n7\n\xff\n")
+    assert kept(ledger) == (PACKED,)
+    keep(ledger, TRAINER, "s")
+    assert kept(ledger) == (PACKED, TRAINER)
+
+
 def test_commands_of_a_deleted_study_stay_in_the_file_and_are_passed_over(tmp_path):
     ledger = tmp_path / "engine.jsonl"
     line = {"engine": "packed", "trials": 1, "lanes": 2}  # of a version that named no study

@@ -1,5 +1,6 @@
 """A disk that takes no more ends a command with a sentence, and costs no trial and no opening."""
 
+import shutil
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
@@ -7,12 +8,14 @@ from peft import PeftModel
 from small_disk import room_for
 
 from lorasweep import api, load_spec, report_sweep, run_sweep
-from lorasweep.core.errors import StorageError
+from lorasweep.core.errors import Problem, StorageError
 from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
 from lorasweep.engines import trainer
+from lorasweep.executors import in_process
+from lorasweep.search.study import Study
 from lorasweep.sweep import finalists, worker
-from lorasweep.sweep.events import Warned
+from lorasweep.sweep.events import TrialEnded, TrialEvaluated, Warned
 
 ONE = ["search.trials=1"]
 
@@ -94,6 +97,70 @@ def test_a_traceback_that_cannot_be_written_is_said(small_sweep, fill, monkeypat
     said = "the traceback can't be written: File too large"
     with fill(worker, "write_whole", "traceback.txt"), pytest.raises(StorageError, match=said):
         run_sweep(small_sweep, ONE, report=False)
+
+
+def test_a_disk_that_takes_nothing_at_all_hides_no_reason(
+    small_sweep, monkeypatch, hear, runs_by_name
+):
+    """Neither the study nor the engine's ledger can be written where Ctrl-C comes."""
+
+    def refuse(*arguments):
+        raise StorageError(Problem("optuna.db", "can't be written: the disk is full"))
+
+    heard = hear(stop_at=lambda event: isinstance(event, TrialEvaluated))
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "interrupt", refuse)
+        patch.setattr(in_process.engine_ledger, "keep", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(small_sweep, listener=heard, report=False)
+    assert "The study can't be written" in heard.of(Warned)[-1].message
+    spec = load_spec(small_sweep)
+    assert {run.info.status for run in runs_by_name(spec).values()} == {"KILLED"}
+    result, _ = run_sweep(small_sweep, report=False)
+    states = [record.state for record in result.records]
+    assert states == [TrialState.INTERRUPTED, *[TrialState.COMPLETED] * 3]
+
+
+@pytest.mark.parametrize("overrides", [["engine=trainer"], ["engine=packed", "lanes=1"]], ids=str)
+def test_a_base_that_is_gone_meanwhile_costs_no_trial(
+    overrides, small_sweep, tmp_path, tiny_base_folder, hear
+):
+    base = shutil.copytree(tiny_base_folder(), tmp_path / "base")
+    overrides = [*overrides, f"model.name={base}"]
+    away = base.with_name("away")
+    heard = hear()
+
+    def unmount(event):
+        heard(event)
+        if isinstance(event, TrialEnded) and not away.exists():
+            base.rename(away)
+
+    if "engine=trainer" in overrides:
+        with pytest.raises(StorageError, match="can't be read any more"):
+            run_sweep(small_sweep, overrides, listener=unmount, report=False)
+        away.rename(base)
+        result, _ = run_sweep(small_sweep, overrides, report=False)
+        states = [record.state for record in result.records]
+        assert states.count(TrialState.COMPLETED) == 3
+        assert TrialState.FAILED not in states
+    else:  # a pack has read it once, for all trials
+        result, _ = run_sweep(small_sweep, overrides, listener=unmount, report=False)
+        assert [record.state for record in result.records] == [TrialState.COMPLETED] * 3
+    assert {event.record.state for event in heard.of(TrialEnded)} <= {
+        TrialState.COMPLETED,
+        TrialState.INTERRUPTED,
+    }
+
+
+def test_predictions_that_were_damaged_are_made_again(small_sweep):
+    run_sweep(small_sweep, ONE)
+    paths = sweep_paths("mlruns", "small")
+    (paths.test / "finetuned.npz").write_bytes(b"\0" * 40)
+    (paths.test / "majority.npz").write_bytes(b"")
+    openings = report_sweep(small_sweep, ONE).finished.openings
+    assert len(openings) == 2
+    assert "no stored predictions belong to" in openings[-1]["reason"]
+    assert len(report_sweep(small_sweep, ONE).finished.openings) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from lorasweep.core.errors import Problem, TrackingError
 from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
 from lorasweep.search.study import Study
-from lorasweep.sweep.events import TrialEnded, Warned
+from lorasweep.sweep.events import TrialEnded, TrialStarted, Warned
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 
@@ -30,6 +30,12 @@ def test_a_report_is_written_though_the_tracking_was_changed(small_sweep, change
     assert sorted(run.info.run_name for run in found) == ["0000", "small"]
     run = tracker.client.get_run(best.run_id)
     assert run.info.status == "FINISHED"
+    parent = tracker.client.get_run(again.finished.tracking["run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["data_fingerprint"] == again.finished.corpus.fingerprint
+    assert parent.data.tags["lorasweep.engine"].startswith("trainer (")
+    assert [one.dataset.name for one in parent.inputs.dataset_inputs]
+    assert "spec.yaml" in [one.path for one in tracker.client.list_artifacts(parent.info.run_id)]
     assert run.data.params["rank"] == str(best.parameters["rank"])
     assert run.data.metrics["val_f1"] == pytest.approx(best.score)
     assert run.data.tags["mlflow.parentRunId"] == again.finished.tracking["run_id"]
@@ -38,6 +44,57 @@ def test_a_report_is_written_though_the_tracking_was_changed(small_sweep, change
     document = load_report(again.page.parent)
     assert document["best_configuration"]["mlflow_run_id"] == best.run_id
     assert document["hyperparameter_experiments"][0]["mlflow_run_id"] == best.run_id
+
+
+def test_a_stop_right_after_the_study_was_told_marks_no_finished_trial_as_killed(
+    small_sweep, monkeypatch, runs_by_name, hear
+):
+    spec, tell, heard = load_spec(small_sweep), Study.tell, hear()
+
+    def stopped(self, outcome):
+        tell(self, outcome)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "tell", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(spec, listener=heard, report=False)
+    runs = runs_by_name(spec)
+    assert runs["0000"].info.status == "FINISHED"
+    assert runs["small"].info.status == "KILLED"
+    assert [event.record.state for event in heard.of(TrialEnded)] == [TrialState.COMPLETED]
+
+
+def test_a_trial_that_was_stopped_says_so_in_words(small_sweep, hear):
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(
+            small_sweep,
+            listener=hear(stop_at=lambda event: isinstance(event, TrialStarted)),
+            report=False,
+        )
+    spec = load_spec(small_sweep)
+    study = Study.peek(sweep_paths(spec.output, spec.name).optuna_database, spec.name)
+    assert study.records()[0].reason == "stopped by Ctrl-C or SIGTERM"
+
+
+def test_a_report_cut_off_while_it_made_the_winners_run_is_made_good(
+    small_sweep, monkeypatch, runs_by_name
+):
+    run_sweep(small_sweep, ["search.trials=1"], report=False)
+    spec = load_spec(small_sweep, ["search.trials=1", "tracking.experiment=other"])
+
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "log_metrics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            report_sweep(spec)
+    assert "val_f1" not in runs_by_name(spec)["0000"].data.metrics
+    best = report_sweep(spec).finished.best
+    run = runs_by_name(spec)["0000"]
+    assert run.data.metrics["val_f1"] == pytest.approx(best.score)
+    assert run.info.status == "FINISHED"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,16 @@ def test_no_room_for_the_weights_is_said_and_the_next_command_registers(
     with room_for(4000), pytest.raises(StorageError, match=FULL) as raised:
         log(run_id)
     assert isinstance(raised.value.__cause__, SafetensorError)
+    assert log(run_id).created
+
+
+def test_no_temporary_folder_is_not_the_stores_fault(
+    log: Any, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        with pytest.raises(StorageError, match=r"a temporary folder: .* or set TMPDIR"):
+            log(run_id)
     assert log(run_id).created
 
 

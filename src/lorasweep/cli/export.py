@@ -12,7 +12,10 @@ from lorasweep.cli.options import read_spec, spec_argument
 @click.command("export", short_help="Write the winner as a folder that transformers loads.")
 @spec_argument
 @click.option(
-    "--to", required=True, type=click.Path(file_okay=False, path_type=Path), help="New folder."
+    "--to",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to make; an unchanged earlier export there is replaced.",
 )
 def command(spec_file: str, overrides: tuple[str, ...], to: Path) -> None:
     """Merge the best trial's adapter into its base and write the model to a folder."""

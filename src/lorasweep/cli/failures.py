@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 
 import click
 
+from lorasweep.cli.options import in_shell
 from lorasweep.core.errors import InputError, LoraSweepError
 
 INTERRUPTED = 130
@@ -38,7 +38,7 @@ def report_failure(error: BaseException, words: Sequence[str]) -> int:
         case KeyboardInterrupt() | click.Abort():
             # Only `run` leaves something to go on with; the others are simply over.
             if words and words[0] == "run":
-                command = shlex.join(("lorasweep", *words))
+                command = in_shell(("lorasweep", *words))
                 return _say(f"stopped. To go on where it stopped: {command}", INTERRUPTED, "")
             return _say("stopped.", INTERRUPTED, "")
         case BrokenPipeError():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +29,23 @@ def again(spec_file: str, overrides: tuple[str, ...]) -> str:
     words = [spec_file]
     for override in overrides:
         words += ["--set", override]
-    return shlex.join(words)
+    return in_shell(words)
+
+
+def in_shell(words: Sequence[str]) -> str:
+    """Words of a command line as a shell takes them, but without a store's password.
+
+    >>> in_shell(["x.yaml", "--set", "tracking.uri=http://me:secret@hub"])
+    "x.yaml --set 'tracking.uri=http://me:***@hub'"
+    """
+    from lorasweep.tracking.wording import redacted
+
+    key = "tracking.uri="
+    shown = []
+    for word in words:
+        before, found, uri = word.partition(key)
+        shown.append(f"{before}{key}{redacted(uri)}" if found else word)
+    return shlex.join(shown)
 
 
 def read_spec(spec_file: str, overrides: tuple[str, ...]) -> Spec:

@@ -19,10 +19,21 @@ if TYPE_CHECKING:
 @click.command("predict", short_help="Classify texts with an exported model.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("texts", metavar="[TEXT ...]", nargs=-1)
-@click.option("--file", "source", metavar="IN.csv|IN.txt|-", help="Texts from a file or stdin.")
-@click.option("--column", default="text", show_default=True, help="Column of a CSV or TSV file.")
+@click.option(
+    "--file",
+    "source",
+    metavar="FILE|-",
+    help="CSV, TSV, JSON lines, Parquet, or .txt with a text a line.",
+)
+@click.option("--column", default="text", show_default=True, help="Column of the texts in a table.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write JSON lines.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Texts per forward pass.",
+)
 def command(
     folder: Path,
     texts: tuple[str, ...],

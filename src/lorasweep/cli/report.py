@@ -11,7 +11,11 @@ from lorasweep.cli.options import again, read_spec, spec_argument
 
 @click.command("report", short_help="Write the report: JSON, figures and a page to read.")
 @spec_argument
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to, instead of the sweep's own.",
+)
 @click.option("--quiet", is_flag=True, help="Only warnings, and the result.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 def command(

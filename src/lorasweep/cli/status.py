@@ -19,7 +19,7 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from lorasweep.cli.console import print_json, print_trials
     from lorasweep.core.outcomes import TrialState
     from lorasweep.core.paths import sweep_paths
-    from lorasweep.search.study import Study
+    from lorasweep.search.study import Study, reachable
 
     paths = sweep_paths(spec.output, spec.name)
     study = Study.peek(paths.optuna_database, spec.name)
@@ -52,7 +52,7 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(f"folder: {paths.sweep}")
     if report.exists():
         click.echo(f"report: {report}")
-    if done < spec.search.trials:
+    if done < reachable(spec.search):
         click.echo(f"go on: lorasweep run {again(spec_file, overrides)}")
     elif not report.exists():
         click.echo(f"next: lorasweep report {again(spec_file, overrides)}")

@@ -12,7 +12,11 @@ from lorasweep.cli.options import again, read_spec, spec_argument
 @click.command("ui", short_help="Open the MLflow UI on this sweep's store.")
 @spec_argument
 @click.option(
-    "--port", type=click.IntRange(min=1, max=65535), default=5000, show_default=True, help="Port."
+    "--port",
+    type=click.IntRange(min=1, max=65535),
+    default=5000,
+    show_default=True,
+    help="Port on 127.0.0.1.",
 )
 def command(spec_file: str, overrides: tuple[str, ...], port: int) -> None:
     """Serve the MLflow UI for SPEC's store on this machine, until Ctrl-C."""

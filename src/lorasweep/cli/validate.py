@@ -7,11 +7,13 @@ import click
 from lorasweep.cli.options import read_spec, spec_argument
 
 
-@click.command("validate", short_help="Check spec, data and model; every error at once.")
+@click.command("validate", short_help="Check the spec, then its data and model.")
 @spec_argument
 @click.option("--spec-only", is_flag=True, help="Read neither data nor model.")
 def command(spec_file: str, overrides: tuple[str, ...], spec_only: bool) -> None:
-    """Check SPEC, its search, its data and that its model is there; nothing is written.
+    """Check SPEC, its search, its data and that its model is there; nothing is trained.
+
+    A model or data set from the Hub is fetched for that.
 
     Whether LoRA's targets fit the model is found by `run` and `doctor`, which load it.
     """

@@ -68,23 +68,20 @@ class LeakageReport:
         rows: Rows in it.
         contained: Rows whose normalised words lie inside, or contain, a training text of
             three words or more.
-        duplicated: Rows whose normalised words equal a training text.
+        duplicated: Rows whose normalised words equal a training text, however short.
+        known: Rows that are contained, duplicated, or both.
     """
 
     held_out: str
     rows: int
     contained: int
     duplicated: int
+    known: int
 
     @property
     def share(self) -> float:
-        """Share of the held-out rows that are contained, 0 to 1."""
-        return self.contained / self.rows if self.rows else 0.0
-
-    @property
-    def known(self) -> int:
-        """Rows known from training, at least: a text of one or two words is only ever the same."""
-        return max(self.contained, self.duplicated)
+        """Share of the held-out rows that are known, 0 to 1."""
+        return self.known / self.rows if self.rows else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,13 @@ def measure_leakage(train: TextSplit, held_out: TextSplit) -> LeakageReport:
     rows = Counter(tuple(words(text)) for text in held_out.texts)
     long = [text for text in known if len(text) >= _LONG]
     leaked = _lying_inside(rows, long) | _containing(rows, long)
+    same = {text for text in rows if text in known}
     return LeakageReport(
         held_out=held_out.name,
         rows=len(held_out),
         contained=sum(rows[text] for text in leaked),
-        duplicated=sum(count for text, count in rows.items() if text in known),
+        duplicated=sum(rows[text] for text in same),
+        known=sum(rows[text] for text in leaked | same),
     )
 
 

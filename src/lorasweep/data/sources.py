@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -33,7 +34,8 @@ def read_source(spec: DataSpec, seed: int) -> dict[str, RawTable]:
         raise DataError(Problem(where, f"both name the column {spec.text!r}, expected two columns"))
     tables: dict[str, RawTable] = {}
     problems: list[Problem] = []
-    with throw_away_cache() as cache:
+    # Only `datasets` has a cache, so only the Hub's layout needs one that is thrown away.
+    with throw_away_cache() if isinstance(source, HubSource) else nullcontext("") as cache:
         for split in SPLITS:
             named: str | None = getattr(source, split)
             if named is None:

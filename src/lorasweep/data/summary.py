@@ -45,12 +45,10 @@ def leaks(corpus: Corpus) -> tuple[str, ...]:
 
 def known_texts(leak: LeakageReport) -> str:
     """Say how many texts of a held-out split are known from training."""
-    counted = (
-        f"{leak.held_out}: {leak.known:,} of {leak.rows:,} texts ({leak.known / leak.rows:.1%})"
-    )
-    if leak.duplicated > leak.contained:
+    counted = f"{leak.held_out}: {leak.known:,} of {leak.rows:,} texts ({leak.share:.1%})"
+    if leak.duplicated == leak.known:
         return f"{counted} are the same as a training text"
-    same = f", {leak.duplicated:,} of them the same" if leak.duplicated else ""
+    same = f", or are the same ({leak.duplicated:,})" if leak.duplicated else ""
     return f"{counted} lie in, or contain, a training text{same}"
 
 

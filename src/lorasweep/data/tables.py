@@ -12,7 +12,7 @@ from typing import Literal
 
 import datasets
 
-from lorasweep.core.errors import DataError, Problem
+from lorasweep.core.errors import DataError, Problem, StorageError
 
 LabelValue = str | int | float | bool
 _LISTED = 10
@@ -120,8 +120,14 @@ def throw_away_cache() -> Iterator[str]:
     datasets.disable_progress_bars()
     # It logs what it then raises; one sentence about a fault is enough.
     datasets.logging.set_verbosity(logging.CRITICAL)
-    # Windows can't delete a file that Arrow still maps; the system's own sweep will.
-    with tempfile.TemporaryDirectory(prefix="lorasweep-", ignore_cleanup_errors=True) as folder:
+    try:
+        # Windows can't delete a file that Arrow still maps; the system's own sweep will.
+        made = tempfile.TemporaryDirectory(prefix="lorasweep-", ignore_cleanup_errors=True)
+    except OSError as error:
+        what = f"can't be made: {error.strerror or error}"
+        advice = "Make room there, or set TMPDIR to a folder that can be written."
+        raise StorageError(Problem("a temporary folder", what, advice)) from error
+    with made as folder:
         try:
             yield folder
         finally:

@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+_TRIED = 40_000
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 _PLAIN = "AdamW takes several kernels a step instead of one: %s"
@@ -146,7 +147,8 @@ def proven(make: Callable[[], Arithmetic], device: torch.device) -> Arithmetic:
             warnings.simplefilter("ignore")  # what torch's compiler says of torch's own code
             fused = make()
             for lanes in (3, 1):  # a single lane is compiled by itself
-                shapes = [(lanes, 40)] * 4 + [(40,), (lanes,), (4, lanes, 1)]
+                # As many numbers as an adapter has: the compiler lays its blocks out for them.
+                shapes = [(lanes, _TRIED)] * 4 + [(_TRIED,), (lanes,), (4, lanes, 1)]
                 inputs = [torch.rand(shape, generator=draw).to(device) for shape in shapes]
                 expected = [tensor.clone() for tensor in inputs]
                 adamw(*expected)

@@ -12,7 +12,8 @@ from lorasweep.core.plans import AdapterPlan, LargestTrial
 from lorasweep.engines.host_memory import host_bytes
 from lorasweep.engines.packing import length_batches
 from lorasweep.model.adapter import attach, trained_whole
-from lorasweep.model.base import Base, FreshClassifier, fresh_classifier
+from lorasweep.model.base import FreshClassifier
+from lorasweep.model.fresh_copies import FreshCopies
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.targets import resolve_targets
@@ -56,7 +57,7 @@ def saved_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
 
 def lane_bytes(
     model: PackedModel,
-    base: Base,
+    copies: FreshCopies,
     train: EncodedSplit,
     device: torch.device,
     largest: LargestTrial,
@@ -68,7 +69,7 @@ def lane_bytes(
 
     Args:
         model: A pack without lanes; it has none again afterwards.
-        base: What it carries.
+        copies: Of what it carries.
         train: Where the rows are from.
         device: Where the pack computes.
         largest: What no trial goes beyond.
@@ -83,7 +84,7 @@ def lane_bytes(
         return model.forward(batch, training=True).sum()
 
     try:
-        fresh = fresh_classifier(base, 0)
+        fresh = copies.fresh(0)
         plan = _widest(fresh, largest.adapters)
         model.add_lane(attach(fresh, plan, 0), LaneSettings(plan.scaling, plan.dropout))
         if device.type == "cuda":  # the first time, libraries take workspaces that they keep

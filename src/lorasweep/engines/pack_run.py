@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Generator, Iterator
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState
+from lorasweep.core.outcomes import EpochEvaluation, Outcome, TrialFacts, TrialState, Verdict
 from lorasweep.core.plans import NOTHING_BEFORE, Resumption, TrialPlan
 from lorasweep.core.protocols import Reporter
+from lorasweep.engines.host_pressure import HostPressure
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_build import build_lane
 from lorasweep.engines.lane_checkpoint import discard, tell_again
@@ -22,6 +25,7 @@ from lorasweep.engines.pack_steps import PackSteps
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
 from lorasweep.model.lane_adapter import release_frozen, write_values
+from lorasweep.model.torch_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from lorasweep.engines.packed import PackedEngine
@@ -55,6 +59,7 @@ class PackRun:
         self.reporter = reporter
         self.places = PackPlaces(engine, resumption)
         self.steps = PackSteps(engine, self.places, reporter)
+        self._pressure = HostPressure(engine)
 
     def outcomes(self) -> Generator[Outcome, None, None]:
         """Fill, step, and yield what ended, until no plan is left.
@@ -74,6 +79,7 @@ class PackRun:
                     yield from self._fill()
                     if not places.lanes:
                         return
+                self._foresee_lack()
                 if (lack := self._lack_in(self._advance)) is not None:
                     self._shrink(lack)
         except BaseException:
@@ -104,7 +110,7 @@ class PackRun:
         places = self.places
         while (lack := self._lack_in(places.enter)) is not None:
             if places.lanes:
-                self._make_room()
+                self._make_room(len(places.lanes) + 1)
                 return False
             lane = places.turn_away()
             if lane.outcome is None:
@@ -125,7 +131,7 @@ class PackRun:
             alone = not places.everyone
             built = build_lane(self.engine, plan, places.clock, alone=alone)
             if built is None:
-                self._make_room()
+                self._make_room(len(places.everyone) + 1)
                 return
             places.held = None
             if isinstance(built, Outcome):
@@ -172,16 +178,17 @@ class PackRun:
             let_go(self.engine)
         return lack
 
-    def _make_room(self) -> None:
-        """Someone who is to come finds no memory: half of the lanes go on, and it waits."""
+    def _make_room(self, most: int) -> None:
+        """Someone who is to come finds no memory: it waits for fewer places, ``most`` at most."""
         places = self.places
         let_go(self.engine)
         self.steps.read_losses()
         if places.ended:
             return  # one has just turned out to have failed: perhaps there is room without it
-        self.engine.halve()
+        self.engine.halve(most)
         if self._lack_in(lambda: places.park_all_but(self.engine.capacity)) is None:
-            _log.warning("out of memory: going on with at most %d lanes", self.engine.capacity)
+            most = _lanes(self.engine.capacity)
+            _log.warning("out of memory: going on with at most %s", most)
 
     def _shrink(self, trace: str) -> None:
         """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
@@ -190,12 +197,24 @@ class PackRun:
         if places.ended and not places.due:
             return  # one has just turned out to have failed: perhaps there is room without it
         if len(going := places.going) > 1:
-            self.engine.halve(len(going))
+            self.engine.halve(len(going) // 2)
             if self._lack_in(places.park_half) is None:
-                _log.warning("out of memory: going on with %d lanes", len(places.going))
+                _log.warning("out of memory: going on with %s", _lanes(len(places.going)))
                 return
         lane = going[-1]  # the only one, or there is no memory to park any in
         lane.end(TrialState.FAILED, needs_too_much(lane.plan), trace)
+
+    def _foresee_lack(self) -> None:
+        """Park half of the lanes, and again, where the kernel would rather kill than refuse."""
+        places = self.places
+        while self._pressure.too_many(len(places.going)):
+            self.steps.read_losses()
+            if places.ended and not places.due:
+                return  # one has just turned out to have failed: perhaps there is room without it
+            self.engine.halve(len(places.going) // 2)
+            if self._lack_in(places.park_half) is not None:
+                return
+            _log.warning("memory is running out: going on with %s", _lanes(len(places.going)))
 
     # -- between steps -----------------------------------------------------------------
 
@@ -252,14 +271,15 @@ class PackRun:
             )
             # Copied before anyone is told: where memory runs out, the epoch is evaluated again.
             values = self.engine.model.lane_values(places.lanes.index(lane), lane.adapter)
-            verdict = self.reporter.evaluated(evaluation)
-            with places.changing():
-                if verdict.keep:
-                    write_values(lane.adapter, values)
-                    save_adapter(lane.adapter, plan.adapter_folder)
-                    lane.kept = evaluation.epoch
-                lane.told.append(evaluation)
-                lane.evaluated = evaluation.epoch
+            try:
+                verdict = self._tell(lane, evaluation, values)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Some of those who are told may know the epoch by now: it can't be told again.
+                lane.end(TrialState.FAILED, needs_too_much(plan), traceback.format_exc())
+                places.whole = True
+                continue
             if progress.ended:
                 lane.end(TrialState.COMPLETED)
             elif not verdict.go_on:
@@ -267,3 +287,21 @@ class PackRun:
                     TrialState.PRUNED,
                     f"stopped after epoch {progress.epochs_done} of {plan.epochs}",
                 )
+
+    def _tell(
+        self, lane: Lane, evaluation: EpochEvaluation, values: Mapping[str, torch.Tensor]
+    ) -> Verdict:
+        """Tell of an epoch, and keep the lane's weights where that is the answer."""
+        verdict = self.reporter.evaluated(evaluation)
+        with self.places.changing():
+            if verdict.keep:
+                write_values(lane.adapter, values)
+                save_adapter(lane.adapter, lane.plan.adapter_folder)
+                lane.kept = evaluation.epoch
+            lane.told.append(evaluation)
+            lane.evaluated = evaluation.epoch
+        return verdict
+
+
+def _lanes(number: int) -> str:
+    return f"{number} lane{'' if number == 1 else 's'}"

@@ -30,6 +30,7 @@ from lorasweep.engines.packing import Progress, lanes_that_fit
 from lorasweep.engines.passes import Passes
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.fresh_copies import FreshCopies
 from lorasweep.model.heap import keep_freed_memory
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.precision import pick_device, resolve
@@ -53,6 +54,7 @@ class PackedEngine:
         most: With ``auto``, no more than these, whatever the memory; None for no such bound.
 
     Attributes:
+        copies: Of the base as it was read; each trial's own PEFT model begins as one.
         model: The base that all trials share.
         passes: Take rows through it.
         use: What was done so far.
@@ -93,7 +95,9 @@ class PackedEngine:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = PackedModel(fresh_classifier(base, 0), self.device, dtype)
+        loaded = fresh_classifier(base, 0)
+        self.copies = FreshCopies(loaded, 0)
+        self.model = PackedModel(loaded, self.device, dtype)
         self.model.shared.most_bytes = free_bytes(self.device) // 8
         self.passes = Passes(self.model)
         self.adamw = LaneAdamW(self.device)
@@ -115,14 +119,9 @@ class PackedEngine:
         self.model.keep_lanes([])
         yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
 
-    def halve(self, present: int | None = None) -> None:
-        """Go on with half the lanes: memory ran out.
-
-        Args:
-            present: How many lanes it ran out for, where places were free; None for a full pack.
-        """
-        lanes = self.capacity if present is None else min(self.capacity, present)
-        self._lanes = max(1, lanes // 2)
+    def halve(self, most: int) -> None:
+        """Go on with half the places, and with no more than ``most``: memory ran out."""
+        self._lanes = max(1, min(self.capacity // 2, most))
         self.use.halved += 1
 
     def build(self, plan: TrialPlan) -> Lane:
@@ -132,7 +131,7 @@ class PackedEngine:
         """
         began = time.perf_counter()
         shutil.rmtree(plan.adapter_folder, ignore_errors=True)
-        fresh = fresh_classifier(self.base, derive_seed(plan.seed, "head"))
+        fresh = self.copies.fresh(derive_seed(plan.seed, "head"))
         adapter = attach(fresh, plan.adapter, derive_seed(plan.seed, "adapter"))
         lane = Lane(
             plan=plan,
@@ -152,7 +151,7 @@ class PackedEngine:
             Bytes; None where not even one fits.
         """
         self.use.bytes_per_lane = lane_bytes(
-            self.model, self.base, self.train, self.device, self.settings.largest
+            self.model, self.copies, self.train, self.device, self.settings.largest
         )
         return self.use.bytes_per_lane
 

@@ -20,10 +20,10 @@ from __future__ import annotations
 import gc
 import random
 import shutil
-import tempfile
 import traceback
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,8 @@ from lorasweep.engines.lane_checkpoint import discard
 from lorasweep.engines.memory_lack import needs_too_much
 from lorasweep.engines.trial_trainer import TrialTrainer, TrialWatch
 from lorasweep.model.adapter import attach
-from lorasweep.model.base import Base, fresh_classifier
+from lorasweep.model.base import Base, fresh_classifier, random_state_kept
+from lorasweep.model.checkpoint import storing
 from lorasweep.model.precision import pick_device, resolve
 from lorasweep.model.scoring import predict_logits
 from lorasweep.model.torch_errors import is_out_of_memory
@@ -140,7 +141,7 @@ class TrainerEngine:
     def _train(self, plan: TrialPlan, watch: TrialWatch) -> None:
         fresh = fresh_classifier(self.base, derive_seed(plan.seed, "head"))
         model = attach(fresh, plan.adapter, derive_seed(plan.seed, "adapter"))
-        with tempfile.TemporaryDirectory(prefix="lorasweep-") as scratch:
+        with _scratch_beside(plan.adapter_folder) as scratch:
             trainer = TrialTrainer(
                 model=model,
                 args=self._arguments(plan, scratch),
@@ -162,9 +163,9 @@ class TrainerEngine:
             precision=self.precision,
         )
 
-    def _arguments(self, plan: TrialPlan, scratch: str) -> TrainingArguments:
+    def _arguments(self, plan: TrialPlan, scratch: Path) -> TrainingArguments:
         arguments = TrainingArguments(
-            output_dir=scratch,  # nothing is written there: the watch saves the adapter itself
+            output_dir=str(scratch),  # nothing is written there: the watch saves the adapter itself
             num_train_epochs=plan.epochs,
             per_device_train_batch_size=plan.batch_size,
             learning_rate=plan.learning_rate,
@@ -194,10 +195,26 @@ class TrainerEngine:
 
 
 @contextmanager
+def _scratch_beside(folder: Path) -> Iterator[Path]:
+    """Make the folder that a Trainer insists on, on the sweep's own disk.
+
+    Raises:
+        StorageError: The disk is full or can't be written, which concerns all trials.
+    """
+    scratch = folder.with_name(f".{folder.name}.trainer")
+    with storing(scratch, "the Trainer's folder"):
+        scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
 def _own_randomness() -> Iterator[None]:
     """Give back the global random states as they were; the Trainer seeds all of them."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with random_state_kept():
         try:
             yield
         finally:

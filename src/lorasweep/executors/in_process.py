@@ -6,19 +6,26 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from filelock import FileLock, Timeout
 
-from lorasweep.core.engine_use import in_mebibytes
-from lorasweep.core.errors import ConflictError, ModelError, NothingToReportError, Problem
+from lorasweep.core.engine_use import EngineUse, in_mebibytes
+from lorasweep.core.errors import (
+    ConflictError,
+    ModelError,
+    NothingToReportError,
+    Problem,
+    StorageError,
+)
 from lorasweep.core.outcomes import FinishedSweep
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.core.protocols import Engine
 from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
+from lorasweep.model.checkpoint import storing
 from lorasweep.model.precision import pick_device
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
@@ -74,13 +81,22 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
     engine, reason = choose_engine(sweep.prepared)
     worker = Worker(sweep.prepared, engine, reason, sweep.study, sweep.tracker, listener)
     known = len(sweep.study.records())
-    try:
-        result = worker.run()
-    finally:
-        # Also of a command that is cut off here: a report speaks of all that trained.
+
+    def keep_use() -> EngineUse:
         use = use_of(engine, reason, len(sweep.study.records()) - known)
         if use.trials:
             engine_ledger.keep(sweep.prepared.paths.engine, use, sweep.study.id)
+        return use
+
+    try:
+        result = worker.run()
+    except BaseException:
+        # A report speaks of all that trained. But what cut the command off is to be told, not
+        # that the disk, which may be the reason, refuses this as well.
+        with suppress(StorageError):
+            keep_use()
+        raise
+    use = keep_use()
     if use.trials:
         sweep.tracker.log_metrics(result.run_id, engine_ledger.metrics(use), step=0)
         if told := engine_ledger.sentence(use):
@@ -194,10 +210,7 @@ def _held(paths: SweepPaths) -> Iterator[None]:
     lock = FileLock(paths.lock)
     owner = paths.sweep / "owner.json"
     try:
-        # The kernel frees the lock when its holder dies, however it dies.
-        with lock.acquire(timeout=0):
-            owner.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
-            yield
+        lock.acquire(timeout=0)  # the kernel frees it when its holder dies, however it dies
     except Timeout:
         try:
             who = json.loads(owner.read_text())
@@ -207,6 +220,16 @@ def _held(paths: SweepPaths) -> Iterator[None]:
         what = f"is being worked on by {holder}"
         advice = "Wait for it, stop it, or give this spec another name."
         raise ConflictError(Problem(f"sweep {paths.name}", what, advice)) from None
+    except OSError as error:
+        what = f"can't be locked: {error.strerror or error}"
+        advice = "Have its owner give you the right to write it, or choose another output folder."
+        raise StorageError(Problem(str(paths.lock), what, advice)) from None
+    try:
+        with storing(owner, "the name of the process"):
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

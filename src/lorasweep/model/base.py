@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lorasweep.core.errors import ModelError, Problem
+from lorasweep.core.errors import ModelError, Problem, StorageError
 from lorasweep.model.encoders import (
     check_encoder,
     check_known,
@@ -84,11 +85,13 @@ class FreshClassifier:
         new_modules: Names of the modules whose weights the base doesn't have, topmost first:
             ``("bert.pooler", "classifier")``. They were drawn from the seed, so they must be
             trained and saved.
+        drawn: Full names of the parameters that were drawn from the seed.
         base: Where it came from.
     """
 
     model: PreTrainedModel
     new_modules: tuple[str, ...]
+    drawn: frozenset[str]
     base: Base
 
 
@@ -145,8 +148,10 @@ def fresh_classifier(base: Base, seed: int) -> FreshClassifier:
 
     Raises:
         ModelError: The weights don't fit the architecture that config.json names.
+        StorageError: They were there when the base was opened and can't be read now, which
+            concerns all trials.
     """
-    with seeded(seed), quiet_transformers():
+    with seeded(seed), quiet_transformers(), _reading(base):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             base.location,
             config=copy.deepcopy(base.config),
@@ -159,18 +164,40 @@ def fresh_classifier(base: Base, seed: int) -> FreshClassifier:
             output_loading_info=True,
         )
     mismatched = {entry[0] for entry in loading["mismatched_keys"]}
-    new = _topmost_modules(model, set(loading["missing_keys"]) | mismatched)
+    drawn = frozenset(loading["missing_keys"]) | mismatched
+    new = _topmost_modules(model, drawn)
     _check_only_new_ends(model, new, base)
     model.eval()
-    return FreshClassifier(model=model, new_modules=new, base=base)
+    return FreshClassifier(model=model, new_modules=new, drawn=drawn, base=base)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from ``seed`` on every device inside; outside, the random state is as it was."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         torch.manual_seed(seed)
         yield
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Give torch's random states back as they were, those of all CUDA devices included."""
+    # Unasked, torch warns where there are several.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=list(devices))
+
+
+@contextmanager
+def _reading(base: Base) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            Problem(
+                base.location,
+                f"the weights of {base.name} can't be read any more: {error}",
+                "Restore them, then run the same command again.",
+            )
+        ) from error
 
 
 @contextmanager
@@ -243,7 +270,7 @@ def _read_tokenizer(folder: Path, config: PreTrainedConfig, where: str) -> PreTr
     return tokenizer
 
 
-def _topmost_modules(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
+def _topmost_modules(model: PreTrainedModel, missing: frozenset[str]) -> tuple[str, ...]:
     """Name the highest modules all of whose parameters are missing, in the model's order.
 
     A module that holds a missing parameter beside loaded ones is named as well: it is trained

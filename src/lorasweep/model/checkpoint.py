@@ -19,7 +19,7 @@ from lorasweep.core.errors import LoraSweepError, ModelError, Problem, StorageEr
 from lorasweep.model.adapter import quiet_peft
 from lorasweep.model.base import Base, fresh_classifier
 
-_MAKE_ROOM = "Make room or choose another output folder, then run the same command again."
+_MAKE_ROOM = "Make room, then run the same command again; nothing that is finished is lost."
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -8,6 +8,7 @@ there. Where torch has no kernel for it, lanes are padded to the longest and mul
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import cache
 
 import torch
@@ -84,7 +85,9 @@ def _proven_on(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) not in _WITH_KERNEL:
         return False
     try:
-        why = grouped_differs(device, dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where they are errors, one is no refusal
+            why = grouped_differs(device, dtype)
     except Exception as error:
         if is_out_of_memory(error):
             raise  # it says nothing about the kernel, and must not be remembered

@@ -182,16 +182,21 @@ class LaneWeights:
 
         It takes no memory of an accelerator: that may have run out.
         """
-        found = []
-        for matrix in (self.weights, self.first, self.second):
-            row = matrix[lane : lane + 1].cpu()
-            found.append(
-                {
-                    name: self._layout.view(row, name)[0][_corner(shape)].clone()
-                    for name, shape in shapes.items()
-                }
-            )
-        return LaneState(*found)
+        matrices = (self.weights, self.first, self.second)
+        return LaneState(*(self._cut(matrix, lane, shapes) for matrix in matrices))
+
+    def values(self, lane: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """Copy a lane's weights alone, as :meth:`state` does."""
+        return self._cut(self.weights, lane, shapes)
+
+    def _cut(
+        self, matrix: Tensor, lane: int, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        row = matrix[lane : lane + 1].cpu()
+        return {
+            name: self._layout.view(row, name)[0][_corner(shape)].clone()
+            for name, shape in shapes.items()
+        }
 
     def keep(self, lanes: list[int]) -> None:
         """Keep only these lanes, renumbered in the order given, and no block of the others.

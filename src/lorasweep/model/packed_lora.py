@@ -145,7 +145,8 @@ class PackedModel:
 
     def lane_values(self, lane: int, peft_model: PeftModel) -> dict[str, Tensor]:
         """Copy to the CPU what a lane's PEFT model trains, by the pack's names."""
-        return self.lane_state(lane, peft_model).weights
+        shapes = {name: value.shape for name, value, _ in trained_parameters(peft_model)}
+        return self.weights.values(lane, shapes)
 
     @property
     def filled(self) -> bool:

@@ -9,10 +9,11 @@ import torch
 
 # What has no exception of its own: torch's allocator on a CPU; oneDNN without room for the code of
 # a product (one that it can't do at all, it says before that, of the primitive's descriptor);
-# CUDA's driver and Triton, when they load code or pin memory; cuBLAS.
+# CUDA's driver and Triton, when they load code or pin memory; cuBLAS, also where a full device has
+# no room for its handle.
 _SAID = re.compile(
     r"can't allocate memory|could not create a primitive$|CUDA.*: out of memory"
-    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 )
 
 

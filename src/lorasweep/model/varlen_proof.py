@@ -8,6 +8,7 @@ stay in use. The host waits for the device here, and never again.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -26,8 +27,9 @@ _log = logging.getLogger(__name__)
 _DEVICES = frozenset({"cuda"})
 _TYPES = frozenset({torch.bfloat16, torch.float16})
 _MOST_WIDTH = 256
-# Unsplit, a row's sums don't depend on its neighbours. Builds that refuse the argument don't
-# split where keys have as many heads as queries.
+# Unsplit, a row's output doesn't depend on its neighbours. Builds that refuse the argument don't
+# split where keys have as many heads as queries. (Gradients may be summed in another order among
+# another number of rows; that is rounding.)
 _OPTIONS: tuple[Mapping[str, Any], ...] = ({"num_splits": 1}, {})
 # One token alone, and rows that end before, at and behind the edges of the kernel's blocks of 64
 # and 128. Rows of two or three have gradients that nearly cancel, so that rounding is all of them.
@@ -71,8 +73,10 @@ def _tried(
     why = ""
     for options in _OPTIONS:
         try:
-            for first_only in (False, True) if window is None else (False,):
-                _try(device, dtype, heads, width, window, first_only, options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where they are errors, one is no refusal
+                for first_only in (False, True) if window is None else (False,):
+                    _try(device, dtype, heads, width, window, first_only, options)
         except _DiffersError as error:
             why = str(error)
         except Exception as error:  # a build may lack it in ways that nobody can foresee

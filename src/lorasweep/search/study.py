@@ -54,6 +54,15 @@ class Asked:
     begins: int = 0
 
 
+def reachable(spec: SearchSpec) -> int:
+    """Trials that a search comes to: its total, or as many as it has points if that is less."""
+    if spec.sampler.kind == "points":
+        size: int | None = len(spec.sampler.points or ())
+    else:
+        size = points.size(spec.space.dimensions)
+    return spec.trials if size is None else min(size, spec.trials)
+
+
 class Study(RunningTrials):
     """A study that can be asked and told; make one with :meth:`open`."""
 
@@ -150,12 +159,7 @@ class Study(RunningTrials):
 
     @property
     def _reachable(self) -> int:
-        """The total, or as many points as there are if that is less."""
-        if self._spec.sampler.kind == "points":
-            size: int | None = len(self._spec.sampler.points or ())
-        else:
-            size = points.size(self._spec.space.dimensions)
-        return self._spec.trials if size is None else min(size, self._spec.trials)
+        return reachable(self._spec)
 
     @property
     def resumption(self) -> Resumption:

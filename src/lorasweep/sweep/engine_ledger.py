@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from lorasweep.core.engine_use import EngineUse, in_mebibytes
-from lorasweep.core.errors import Problem, StorageError
+from lorasweep.model.checkpoint import write_whole
 
 _STUDY = "study"
 
@@ -24,15 +25,9 @@ def keep(ledger: Path, use: EngineUse, study: str) -> None:
     Raises:
         StorageError: The file can't be written.
     """
-    try:
-        # Written anew and put in place, so that a kill leaves no half a line behind.
-        writing = ledger.with_name(f".{ledger.name}.partial")
-        lines = [json.dumps(one) + "\n" for one in (*_lines(ledger), asdict(use) | {_STUDY: study})]
-        writing.write_text("".join(lines), encoding="utf-8")
-        writing.replace(ledger)
-    except OSError as error:
-        what = f"can't be written: {error.strerror or error}"
-        raise StorageError(Problem(str(ledger), what, "Free space and run it again.")) from None
+    # Written anew and put in place, so that a kill leaves no half a line behind.
+    lines = [json.dumps(one) + "\n" for one in (*_lines(ledger), asdict(use) | {_STUDY: study})]
+    write_whole(ledger, "".join(lines).encode(), "how the engine trained")
 
 
 def kept(ledger: Path, study: str | None = None) -> tuple[EngineUse, ...]:
@@ -52,10 +47,14 @@ def kept(ledger: Path, study: str | None = None) -> tuple[EngineUse, ...]:
 
 
 def _lines(ledger: Path) -> tuple[dict[str, Any], ...]:
+    """Every line that can be read; a sweep doesn't stop for one that was damaged."""
     if not ledger.exists():
         return ()
-    lines = ledger.read_text(encoding="utf-8").splitlines()
-    return tuple(json.loads(line) for line in lines if line.strip())
+    found = []
+    for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return tuple(one for one in found if isinstance(one, dict))
 
 
 def metrics(use: EngineUse) -> dict[str, float]:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,10 +183,13 @@ class Finalists:
         path = self._folder / f"{model}.npz"
         if not path.exists():
             return None
-        with np.load(path) as archive:
-            if str(archive["key"]) != key:
-                return None
-            return np.asarray(archive["probabilities"], dtype=np.float64)
+        try:
+            with np.load(path) as archive:
+                if str(archive["key"]) != key:
+                    return None
+                return np.asarray(archive["probabilities"], dtype=np.float64)
+        except (BadZipFile, ValueError, KeyError, EOFError):  # damaged: as good as none
+            return None
 
     def _store(self, fresh: Mapping[str, tuple[str, NDArray[np.float64]]]) -> None:
         """Store what was scored, and enter it in the ledger.

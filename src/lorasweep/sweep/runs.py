@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from lorasweep.core.outcomes import TrialRecord
+from lorasweep.core.outcomes import TrialRecord, TrialState
 from lorasweep.core.plans import ParameterValue, TrialPlan
 from lorasweep.search.study import Study
+from lorasweep.spec.loader import dump_spec
 from lorasweep.spec.resolve import plan_trial
-from lorasweep.sweep.prepare import Prepared
+from lorasweep.sweep import engine_ledger
+from lorasweep.sweep.prepare import Prepared, to_be_shown
 from lorasweep.tracking.environment import describe
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
+from lorasweep.tracking.wording import key
 
 
 def identity_tags(prepared: Prepared, study: Study) -> dict[str, str]:
@@ -50,10 +53,46 @@ def run_params(plan: TrialPlan, sweep_seed: int) -> dict[str, ParameterValue]:
     }
 
 
+def resolved_spec(prepared: Prepared) -> str:
+    """The spec as YAML, with everything that it left open, and without passwords."""
+    return dump_spec(to_be_shown(prepared.spec))
+
+
+def describe_sweep(prepared: Prepared, tracker: MlflowTracker, parent: str) -> None:
+    """Write into the parent run what is swept: base, data, search, and the whole spec."""
+    spec = prepared.spec
+    tracker.log_params(
+        parent,
+        {
+            "model": spec.model.name,
+            "base_digest": prepared.base.digest,
+            "data": prepared.corpus.name,
+            "data_fingerprint": prepared.corpus.fingerprint,
+            "seed": spec.seed,
+            "sampler": spec.search.sampler.kind,
+            "pruner": spec.search.pruner.kind,
+            "objective": spec.search.objective,
+            "engine": spec.engine,
+        },
+    )
+    tracker.log_text(parent, resolved_spec(prepared), "spec.yaml")
+    tracker.log_corpus(parent, prepared.corpus)
+
+
 def parent_run(prepared: Prepared, study: Study, tracker: MlflowTracker) -> str:
-    """The sweep's parent run, left as it stands; a new one if the tracker was changed since."""
-    name, tags = prepared.spec.name, identity_tags(prepared, study)
-    return tracker.find_sweep(name, tags) or tracker.open_sweep(name, tags)
+    """The sweep's parent run, ended; a new one if the tracker was changed since."""
+    name = prepared.spec.name
+    parent = tracker.find_sweep(name, identity_tags(prepared, study))
+    if parent is None:
+        trained = engine_ledger.kept(prepared.paths.engine, study.id)
+        engine = trained[-1].engine if trained else prepared.spec.engine
+        parent = tracker.open_sweep(name, run_tags(prepared, study, engine))
+        describe_sweep(prepared, tracker, parent)
+    # No command trains now. One that was killed, or cut off here, left the run open.
+    to_come = study.remaining or any(not record.state.is_final for record in study.records())
+    ended = TrialState.COMPLETED if study.best() else TrialState.FAILED
+    tracker.finish(parent, TrialState.INTERRUPTED if to_come else ended)
+    return parent
 
 
 def trial_run(
@@ -69,11 +108,15 @@ def trial_run(
         plan = plan_trial(spec, record.number, record.seed, record.parameters, folder)
         params, tags = run_params(plan, spec.seed), _sweep_tags(prepared, study)
         run_id = tracker.start_trial(parent, record.number, params, tags)
-        scores = {f"val_{name}": value for name, value in record.metrics.items()}
-        tracker.log_metrics(
-            run_id, {**scores, "seconds": record.seconds}, step=0, epoch=record.best_epoch
-        )
-    # Whatever cut an earlier command off while it made this run left it open.
+    # Whatever cut an earlier command off while it made this run left it open, and perhaps empty.
+    scores = {f"val_{name}": value for name, value in record.metrics.items()}
+    known = tracker.metric_names(run_id)
+    if lacking := {
+        name: value
+        for name, value in {**scores, "seconds": record.seconds}.items()
+        if key(name) not in known
+    }:
+        tracker.log_metrics(run_id, lacking, step=0, epoch=record.best_epoch)
     tracker.finish(run_id, record.state)
     return run_id
 

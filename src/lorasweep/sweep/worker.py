@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from lorasweep.core.errors import TrackingError
+from lorasweep.core.errors import StorageError, TrackingError
 from lorasweep.core.outcomes import Outcome, TrialRecord, TrialState
 from lorasweep.core.paths import run_name
 from lorasweep.core.plans import TrialPlan
@@ -15,7 +15,6 @@ from lorasweep.core.protocols import Engine
 from lorasweep.engines.lane_checkpoint import discard, hand_over
 from lorasweep.model.checkpoint import storing, write_whole
 from lorasweep.search.study import Asked, Study
-from lorasweep.spec.loader import dump_spec
 from lorasweep.spec.resolve import plan_trial
 from lorasweep.sweep.events import (
     Listener,
@@ -26,9 +25,9 @@ from lorasweep.sweep.events import (
     TrialStarted,
     Warned,
 )
-from lorasweep.sweep.prepare import Prepared, to_be_shown
+from lorasweep.sweep.prepare import Prepared
 from lorasweep.sweep.reporter import SweepReporter
-from lorasweep.sweep.runs import run_params, run_tags
+from lorasweep.sweep.runs import describe_sweep, resolved_spec, run_params, run_tags
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 from lorasweep.tracking.store import impatient
 
@@ -93,7 +92,9 @@ class Worker:
             self._deadline = time.monotonic() + 60 * spec.search.timeout_minutes
         parent = self._tracker.open_sweep(spec.name, self._tags)
         try:
-            self._describe_sweep(parent)
+            prepared = self._prepared
+            write_whole(prepared.paths.spec, resolved_spec(prepared).encode(), "the spec")
+            describe_sweep(prepared, self._tracker, parent)
             self._take_up(parent)
             earlier = tuple(r for r in self._study.records() if r.state.is_final)
             self._listener(
@@ -123,7 +124,7 @@ class Worker:
         except BaseException as error:
             # Ctrl-C, a kill signal, or an error that concerns all trials: whatever it is,
             # the trials under way didn't fail by themselves and will be taken up again.
-            self._interrupt_running(type(error).__name__, parent)
+            self._interrupt_running(_in_words(error), parent)
             raise
         self._listener(TrainingEnded())
         finished = self._study.remaining == 0 or self._study.exhausted
@@ -137,27 +138,6 @@ class Worker:
             tried = sum(r.state is not TrialState.INTERRUPTED for r in self._study.records())
             self._listener(Said(f"Every point of the space was tried: {tried} trials."))
         return SweepResult(self._study.records(), best, parent, finished)
-
-    def _describe_sweep(self, parent: str) -> None:
-        prepared, spec = self._prepared, self._prepared.spec
-        self._tracker.log_params(
-            parent,
-            {
-                "model": spec.model.name,
-                "base_digest": prepared.base.digest,
-                "data": prepared.corpus.name,
-                "data_fingerprint": prepared.corpus.fingerprint,
-                "seed": spec.seed,
-                "sampler": spec.search.sampler.kind,
-                "pruner": spec.search.pruner.kind,
-                "objective": spec.search.objective,
-                "engine": spec.engine,
-            },
-        )
-        resolved = dump_spec(to_be_shown(spec))
-        write_whole(prepared.paths.spec, resolved.encode(), "the spec")
-        self._tracker.log_text(parent, resolved, "spec.yaml")
-        self._tracker.log_corpus(parent, prepared.corpus)
 
     def _take_up(self, parent: str) -> None:
         """Close what a killed command left open, in the study and in the tracker alike."""
@@ -244,23 +224,46 @@ class Worker:
     def _interrupt_running(self, reason: str, parent: str) -> None:
         """Mark the trials under way, every one of them in the study before any in the tracker.
 
-        A tracker that is gone may be why the command stops, and never hides the reason: it is
-        asked briefly, and no more once it refuses. The next command closes what is open there.
+        A disk that is full or a tracker that is gone may be why the command stops, and never
+        hides the reason. The tracker is asked briefly, and no more once it refuses; the next
+        command marks and closes what is open.
         """
         stopped = sorted(self._in_flight)
-        for number in stopped:
-            self._study.interrupt(number, reason)
-        for record in self._study.records():
-            if record.number in self._in_flight:
-                self._listener(TrialEnded(record, self._study.best()))
-        runs = [self._run_ids[number] for number in stopped if number in self._run_ids]
+        states: dict[int, TrialState] = {}
+        try:
+            for number in stopped:
+                self._study.interrupt(number, reason)
+            for record in self._study.records():
+                states[record.number] = record.state
+                if record.number in self._in_flight:
+                    self._listener(TrialEnded(record, self._study.best()))
+        except StorageError:
+            self._listener(
+                Warned("The study can't be written; the next command marks what was under way.")
+            )
         try:
             with impatient():
-                for run_id in (*runs, parent):
-                    self._tracker.finish(run_id, TrialState.INTERRUPTED)
+                for number in stopped:
+                    if (run_id := self._run_ids.get(number)) is not None:
+                        self._tracker.finish(run_id, _ended_as(states.get(number)))
+                self._tracker.finish(parent, TrialState.INTERRUPTED)
         except TrackingError:
             self._listener(
                 Warned(
                     "The MLflow store refuses; the next command closes the runs left open there."
                 )
             )
+
+
+def _ended_as(state: TrialState | None) -> TrialState:
+    """How a trial ended that was under way when the command stopped, by the study's word.
+
+    It may have been told to the study the instant before.
+    """
+    return state if state is not None and state.is_final else TrialState.INTERRUPTED
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C or SIGTERM"
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")

@@ -97,7 +97,7 @@ def log_champion(
     with store.telling(tracker.uri, f"register the model {model_name!r}"):
         known = _registered(client, model_name, run_id)
         if known is None:
-            with _no_bars(), tempfile.TemporaryDirectory(prefix="lorasweep-") as scratch:
+            with _no_bars(), _scratch() as scratch:
                 weights = Path(scratch) / "weights"
                 with storing(weights, "the champion", _MAKE_ROOM):
                     _save_weights(model, tokenizer, label_names, weights)
@@ -116,6 +116,14 @@ def log_champion(
             champion = known
         client.set_registered_model_alias(model_name, ALIAS, champion.version)
         return champion
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    with storing(Path("a temporary folder"), "the champion", _MAKE_ROOM):
+        folder = tempfile.TemporaryDirectory(prefix="lorasweep-")
+    with folder as path:
+        yield path
 
 
 def _registered(client: MlflowClient, name: str, run_id: str) -> Champion | None:

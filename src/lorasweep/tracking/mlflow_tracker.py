@@ -204,6 +204,11 @@ class MlflowTracker:
             for batch in _batches(found, _METRICS_A_BATCH):
                 self.client.log_batch(run_id, metrics=batch)
 
+    def metric_names(self, run_id: str) -> frozenset[str]:
+        """Return the names of the metrics that a run has."""
+        with self._telling("read a run"):
+            return frozenset(self.client.get_run(run_id).data.metrics)
+
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Write tags, replacing those of the same name; long values are shortened."""
         with self._telling("write tags"):

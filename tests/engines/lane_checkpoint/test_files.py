@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 
 import pytest
 import torch
@@ -35,6 +36,33 @@ def test_checkpoints_come_with_the_seconds_too(seconds, found, engine, plans, mo
         made = engine()
         run(made, plans)
         assert made.use.lane_steps == sum(STEPS.values()) - 6
+
+
+def test_large_lanes_on_a_slow_disk_are_written_seldom_enough_to_cost_next_to_nothing(
+    engine, monkeypatch
+):
+    made, now = engine(checkpoint_seconds=30.0), [0.0]
+    checkpoints = made.checkpoints
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def save(lanes, state_of):
+        now[0] += 2.0
+
+    monkeypatch.setattr(checkpoints, "save", save)
+
+    def seconds_to_the_next() -> float:
+        began = now[0]
+        while not checkpoints.due:
+            now[0] += 0.5
+        return now[0] - began
+
+    checkpoints.begin()
+    assert seconds_to_the_next() == 30.0
+    checkpoints.save_all([], lambda lane: None)
+    assert seconds_to_the_next() == 400.0  # of which the two that it took are half a percent
+    monkeypatch.setattr(checkpoints, "save", lambda lanes, state_of: None)
+    checkpoints.save_all([], lambda lane: None)
+    assert seconds_to_the_next() == 30.0
 
 
 @pytest.mark.parametrize("place", ["between update and count", "among losses"])
@@ -176,7 +204,9 @@ def test_a_checkpoint_of_another_plan_is_ignored_and_said(change, engine, plans,
     assert made.use.lane_steps == steps
 
 
-@pytest.mark.parametrize("other", ["base", "base dropout", "rows", "precision"])
+@pytest.mark.parametrize(
+    "other", ["base", "base dropout", "labels", "tokens", "validation tokens", "precision"]
+)
 def test_a_checkpoint_of_another_base_data_or_precision_is_ignored(
     other, engine, plans, open_tiny, tiny_base_folder, caplog
 ):
@@ -190,10 +220,12 @@ def test_a_checkpoint_of_another_base_data_or_precision_is_ignored(
         made = engine(1, precision="bf16")
     else:
         made = engine(1)
-        labels = made.train.labels.copy()
-        labels[0] = 1 - labels[0]
-        train = dataclasses.replace(made.train, labels=labels)
-        made = PackedEngine(made.base, train, made.validation, made.settings, 1)
+        splits = {"train": made.train, "validation": made.validation}
+        which, what = ("validation", "tokens") if " " in other else ("train", other)
+        changed = getattr(splits[which], what).copy()
+        changed[1] = 1 - changed[1] if what == "labels" else changed[1] + 1
+        splits[which] = dataclasses.replace(splits[which], **{what: changed})
+        made = PackedEngine(made.base, **splits, settings=made.settings, lanes=1)
     with caplog.at_level(logging.WARNING, logger="lorasweep"):
         run(made, plans[:1])
     assert "of another plan, base or data" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -171,6 +172,15 @@ def test_every_epoch_is_told_again_and_time_goes_on(engine, plans):
     seconds = [e.seconds for e in told]
     assert seconds == sorted(seconds)
     assert outcome.seconds > seconds[0] > 0
+
+
+def test_time_goes_on_from_what_the_checkpoint_counts(engine, plans, monkeypatch):
+    now = time.perf_counter
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: 1e6 * now())  # a first part of hours
+        cut(engine(1), [plans[0]], at(StepReport, 1, 6))
+    (outcome,) = engine(1).run([plans[0]], Recorder(but_the_second))
+    assert outcome.seconds > 1000
 
 
 def test_a_reporter_may_end_a_trial_when_it_is_told_again(engine, plans):
