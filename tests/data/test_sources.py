@@ -312,15 +312,15 @@ def test_a_hub_data_set_out_of_reach_is_a_sentence(tmp_path: Path) -> None:
             read_source(spec(source={"kind": "hub", "path": path}), 1)
 
 
-def test_without_a_temporary_folder_files_are_read_and_a_hub_folder_is_a_sentence(
+def test_without_a_temporary_folder_there_is_a_sentence(
     hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = tmp_path / "some.csv"
     table.write_text("text,label\ngood film,1\nbad film,0\n", encoding="utf-8")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    assert len(read_source(files(table), 1)["train"].texts) == 2
-    with pytest.raises(StorageError, match="set TMPDIR to a folder that can be written"):
-        read_source(hub(hub_folder), 1)
+    for source in (files(table), hub(hub_folder)):
+        with pytest.raises(StorageError, match="set TMPDIR to a folder that can be written"):
+            read_source(source, 1)
 
 
 def test_a_csv_on_the_hub_that_pandas_emptied_is_not_taken_silently(tmp_path: Path) -> None:

@@ -147,6 +147,25 @@ def test_where_memory_really_runs_out_the_lanes_are_halved_and_no_trial_is_lost(
     assert found["ends"] == {str(number): ["completed", 2, ""] for number in range(8)}
 
 
+def test_what_a_lane_is_said_to_take_is_what_the_process_takes_for_it(tmp_path):
+    """Evaluation included; where rows change in length, fragments of the heap come on top."""
+    found = {}
+    for lanes in (2, 8):
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("lane_peak.py"), str(lanes), tmp_path],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found[lanes] = json.loads(done.stdout.splitlines()[-1])
+    claim = found[8]["claim"]
+    assert claim == found[2]["claim"]
+    taken = (found[8]["peak"] - found[2]["peak"]) / 6
+    assert claim / 2 < taken < 1.25 * claim
+
+
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):
     class Silent:
         def started(self, trial, facts): ...

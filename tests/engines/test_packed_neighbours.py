@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,9 +31,10 @@ def run(
     splits: tuple[EncodedSplit, EncodedSplit],
     plans: Sequence[TrialPlan],
     lanes: int,
+    precision: str = "fp32",
 ) -> Recorder:
-    recorder = Recorder(keep_nothing)
-    outcomes = list(PackedEngine(base, *splits, SETTINGS, lanes).run(plans, recorder))
+    recorder, settings = Recorder(keep_nothing), replace(SETTINGS, precision=precision)
+    outcomes = list(PackedEngine(base, *splits, settings, lanes).run(plans, recorder))
     assert {outcome.reason for outcome in outcomes} == {""}
     assert len(outcomes) == len(plans)
     return recorder
@@ -108,3 +110,29 @@ def test_neighbours_lane_and_refill_change_nothing_dropout_included(
     assert steps_before(pair, 9, ("started", 8, 0)) == 2
     assert steps_before(four, 9, ("started", 8, 0)) == 6
     assert len(pair.steps[9]) == 12
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", MINILM])
+def test_in_bf16_neighbours_move_a_trial_no_further_than_rounding_does(
+    architecture, open_tiny, splits, make_plan
+):
+    """What machines with bf16 do by default: sums of other sizes round elsewhere."""
+    if architecture == MINILM:
+        base = open_base(ModelSpec(name=MINILM, max_length=64, base_dropout=0.1), ("no", "yes"))
+    else:
+        base = open_tiny(architecture, base_dropout=0.1)
+    trial = make_plan(9, seed=9, epochs=3, adapter=AdapterPlan(4, 8.0, 0.2))
+    wide = make_plan(1, seed=1, adapter=AdapterPlan(16, 4.0, 0.5, ("all-linear",)))
+    brief = make_plan(2, seed=2, epochs=1, batch_size=3, adapter=AdapterPlan(1, 1.0))
+    exact = run(base, splits, [trial], 1)
+    alone = run(base, splits, [trial], 1, "bf16")
+    among = run(base, splits, [wide, brief, trial], 3, "bf16")
+
+    def apart(one: Recorder, other: Recorder) -> float:
+        losses = np.abs(np.array(one.losses[9]) - other.losses[9]).max()
+        logits = [np.abs(a - b).max() for a, b in zip(one.logits[9], other.logits[9], strict=True)]
+        return float(max(losses, *logits))
+
+    rounding = apart(exact, alone)
+    assert 0 < rounding < 0.2
+    assert apart(alone, among) <= rounding

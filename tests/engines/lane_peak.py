@@ -1,0 +1,35 @@
+"""Train a pack of so many lanes, and print what a lane was said to take and the process's peak.
+
+A script of its own, since the peak is the whole process's: ``python lane_peak.py LANES FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from tight_memory import Silent, plan, split_of
+
+from lorasweep.core.plans import AdapterPlan, EngineSettings, LargestTrial
+from lorasweep.engines.packed import PackedEngine
+from lorasweep.model.base import open_base
+from lorasweep.spec.schema import ModelSpec
+
+
+def main(lanes: int, folder: Path) -> None:
+    base = open_base(ModelSpec(name="embedded/minilm", max_length=128), ("no", "yes"))
+    largest = LargestTrial(16, (AdapterPlan(8, 16.0, 0.1),))
+    settings = EngineSettings(precision="fp32", device="cpu", largest=largest)
+    # Eight steps of rows of equal length, an evaluation, and no fragments of other sizes.
+    engine = PackedEngine(base, split_of(128, 64), split_of(64, 64), settings, lanes)
+    claim = engine.measure_lane()
+    outcomes = list(engine.run([plan(n, folder) for n in range(lanes)], Silent()))
+    assert [outcome.reason for outcome in outcomes] == [""] * lanes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    print(json.dumps({"claim": claim, "peak": peak}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
