@@ -217,12 +217,16 @@ def test_the_address_of_a_server_is_shown_without_its_password(finished, monkeyp
     assert "its UI is at http://me:***@hub:5000" in capfd.readouterr().out
 
 
-def test_a_password_on_the_command_line_is_not_said_again(finished, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "override",
+    ["tracking.uri=http://me:secret@hub:5000", 'tracking={uri: "http://me:secret@hub:5000"}'],
+)
+def test_a_password_on_the_command_line_is_not_said_again(override, finished, monkeypatch, capfd):
     monkeypatch.chdir(finished[0])
-    words = ["--set", "name=other", "--set", "tracking.uri=http://me:secret@hub:5000"]
+    words = ["--set", "name=other", "--set", override]
     assert main(["status", "small.yaml", *words]) == 0
     told = capfd.readouterr().out
-    assert "tracking.uri=http://me:***@hub:5000" in told
+    assert override.replace("secret", "***") in told
     failures.report_failure(KeyboardInterrupt(), ["run", "small.yaml", *words])
     later = capfd.readouterr().err
     assert "go on where it stopped: lorasweep run" in later

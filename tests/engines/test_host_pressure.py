@@ -59,6 +59,21 @@ def test_before_the_first_step_all_of_its_lanes_must_fit(engine, host):
     assert HostPressure(engine()).too_many(4)
 
 
+def test_they_are_halved_until_they_fit(engine, host):
+    host.free = 10 * LANE
+    pressure = HostPressure(engine(64))
+    assert [pressure.too_many(lanes) for lanes in (64, 32, 16, 8)] == [True, True, True, False]
+
+
+def test_what_was_given_back_elsewhere_must_be_found_again(engine, host):
+    pressure = HostPressure(engine())
+    assert not pressure.too_many(4)
+    host.free = 3 * LANE
+    assert not pressure.too_many(4)
+    pressure.forget()
+    assert pressure.too_many(4)
+
+
 def test_what_the_heap_keeps_is_there_for_the_next_step(engine, host):
     pressure = HostPressure(engine())
     assert not pressure.too_many(4)

@@ -60,8 +60,10 @@ def main(folder: Path) -> None:
     base = open_base(ModelSpec(name="embedded/minilm", max_length=128), ("no", "yes"))
     settings = EngineSettings(precision="fp32", device="cpu")
     engine = PackedEngine(base, split_of(32, 128), split_of(8, 64), settings, LANES)
+    room = int(ROOM * (engine.measure_lane() or 0))
+    engine.use.bytes_per_lane = None  # or it would be halved before memory runs out
     taken = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    limit = int(taken) * resource.getpagesize() + int(ROOM * (engine.measure_lane() or 0))
+    limit = int(taken) * resource.getpagesize() + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcomes = list(engine.run([plan(n, folder) for n in range(LANES)], Silent()))
     print(

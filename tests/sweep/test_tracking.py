@@ -77,8 +77,9 @@ def test_a_trial_that_was_stopped_says_so_in_words(small_sweep, hear):
     assert study.records()[0].reason == "stopped by Ctrl-C or SIGTERM"
 
 
-def test_a_report_cut_off_while_it_made_the_winners_run_is_made_good(
-    small_sweep, monkeypatch, runs_by_name
+@pytest.mark.parametrize("at", ["log_params", "log_corpus", "log_metrics"])
+def test_a_report_cut_off_while_it_made_runs_is_made_good(
+    at, small_sweep, monkeypatch, runs_by_name
 ):
     run_sweep(small_sweep, ["search.trials=1"], report=False)
     spec = load_spec(small_sweep, ["search.trials=1", "tracking.experiment=other"])
@@ -87,12 +88,16 @@ def test_a_report_cut_off_while_it_made_the_winners_run_is_made_good(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowTracker, "log_metrics", stop)
+        patch.setattr(MlflowTracker, at, stop)
         with pytest.raises(KeyboardInterrupt):
             report_sweep(spec)
-    assert "val_f1" not in runs_by_name(spec)["0000"].data.metrics
     best = report_sweep(spec).finished.best
-    run = runs_by_name(spec)["0000"]
+    runs = runs_by_name(spec)
+    assert sorted(runs) == ["0000", "small"]
+    assert runs["small"].inputs.dataset_inputs
+    assert runs["small"].data.params["model"]
+    run = runs["0000"]
+    assert run.data.params["rank"] == str(best.parameters["rank"])
     assert run.data.metrics["val_f1"] == pytest.approx(best.score)
     assert run.info.status == "FINISHED"
 

@@ -40,12 +40,7 @@ def in_shell(words: Sequence[str]) -> str:
     """
     from lorasweep.tracking.wording import redacted
 
-    key = "tracking.uri="
-    shown = []
-    for word in words:
-        before, found, uri = word.partition(key)
-        shown.append(f"{before}{key}{redacted(uri)}" if found else word)
-    return shlex.join(shown)
+    return shlex.join(redacted(word) if "://" in word else word for word in words)
 
 
 def read_spec(spec_file: str, overrides: tuple[str, ...]) -> Spec:

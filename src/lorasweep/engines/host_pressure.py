@@ -48,13 +48,18 @@ class HostPressure:
         if self._has_room(max(1, lanes - self._held)):
             self._held = max(self._held, lanes)
             return False
-        # Nothing is held for the next step any more, so all of its lanes must find room.
-        self._held = lanes
+        self.forget()
         give_freed_memory_back()
-        if self._fit(lanes):
-            return False
-        let_go(self._engine)
-        return not self._fit(lanes)
+        if not self._fit(lanes):
+            let_go(self._engine)
+            if not self._fit(lanes):
+                return True
+        self._held = lanes
+        return False
+
+    def forget(self) -> None:
+        """Note that memory was given back: all lanes of the next step must find room anew."""
+        self._held = 0
 
     def _has_room(self, more: int) -> bool:
         return free_bytes(self._engine.device) >= max(_RESERVE, more * self._lane)

@@ -175,20 +175,24 @@ class PackRun:
         """Do something that changes nothing where memory runs out; see :func:`lack_in`."""
         if (lack := lack_in(act)) is not None:
             self.places.whole = True
-            let_go(self.engine)
+            self._let_go()
         return lack
+
+    def _let_go(self) -> None:
+        let_go(self.engine)
+        self._pressure.forget()
 
     def _make_room(self, most: int) -> None:
         """Someone who is to come finds no memory: it waits for fewer places, ``most`` at most."""
         places = self.places
-        let_go(self.engine)
+        self._let_go()
         self.steps.read_losses()
         if places.ended:
             return  # one has just turned out to have failed: perhaps there is room without it
         self.engine.halve(most)
         if self._lack_in(lambda: places.park_all_but(self.engine.capacity)) is None:
-            most = _lanes(self.engine.capacity)
-            _log.warning("out of memory: going on with at most %s", most)
+            going_on = _lanes(self.engine.capacity)
+            _log.warning("out of memory: going on with at most %s", going_on)
 
     def _shrink(self, trace: str) -> None:
         """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
@@ -211,9 +215,10 @@ class PackRun:
             self.steps.read_losses()
             if places.ended and not places.due:
                 return  # one has just turned out to have failed: perhaps there is room without it
-            self.engine.halve(len(places.going) // 2)
+            stay = len(places.going) // 2
             if self._lack_in(places.park_half) is not None:
                 return
+            self.engine.halve(stay)
             _log.warning("memory is running out: going on with %s", _lanes(len(places.going)))
 
     # -- between steps -----------------------------------------------------------------

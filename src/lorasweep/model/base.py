@@ -1,13 +1,15 @@
-"""The frozen base: opened and checked once per sweep, loaded anew for every trial.
+"""The frozen base: opened and checked once per sweep, and loaded whenever somebody asks.
 
 ``open_base`` finds the files, refuses what can't be fine-tuned as an encoder classifier, and
 reads configuration and tokenizer. ``fresh_classifier`` loads the weights each time it is
-called, so that no trial can ever see what another one did to them.
+called, so that no trial can ever see what another one did to them. (A pack loads them once, and
+each of its trials has a copy of what it trains: see ``fresh_copies.py``.)
 """
 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -180,7 +182,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """Give torch's random states back as they were, those of all CUDA devices included."""
+    """Give torch's random states back as they were, those of CUDA devices in use included."""
     # Unasked, torch warns where there are several.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return torch.random.fork_rng(devices=list(devices))
@@ -191,10 +193,12 @@ def _reading(base: Base) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOMEM or "(os error 12)" in str(error):
+            raise MemoryError(str(error)) from error
         raise StorageError(
             Problem(
                 base.location,
-                f"the weights of {base.name} can't be read any more: {error}",
+                f"the weights of {base.name} can't be read: {error}",
                 "Restore them, then run the same command again.",
             )
         ) from error

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.core.engine_use import EngineUse, in_mebibytes
-from lorasweep.model.checkpoint import write_whole
+from lorasweep.model.checkpoint import storing, write_whole
 
 _STUDY = "study"
+_WHAT = "how the engine trained"
 
 
 def keep(ledger: Path, use: EngineUse, study: str) -> None:
@@ -26,8 +27,10 @@ def keep(ledger: Path, use: EngineUse, study: str) -> None:
         StorageError: The file can't be written.
     """
     # Written anew and put in place, so that a kill leaves no half a line behind.
-    lines = [json.dumps(one) + "\n" for one in (*_lines(ledger), asdict(use) | {_STUDY: study})]
-    write_whole(ledger, "".join(lines).encode(), "how the engine trained")
+    with storing(ledger, _WHAT):
+        lines = [*_lines(ledger), asdict(use) | {_STUDY: study}]
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    write_whole(ledger, text.encode(), _WHAT)
 
 
 def kept(ledger: Path, study: str | None = None) -> tuple[EngineUse, ...]:

@@ -87,6 +87,7 @@ def parent_run(prepared: Prepared, study: Study, tracker: MlflowTracker) -> str:
         trained = engine_ledger.kept(prepared.paths.engine, study.id)
         engine = trained[-1].engine if trained else prepared.spec.engine
         parent = tracker.open_sweep(name, run_tags(prepared, study, engine))
+    if not tracker.has_corpus(parent):  # which is written last; perhaps a stop came before
         describe_sweep(prepared, tracker, parent)
     # No command trains now. One that was killed, or cut off here, left the run open.
     to_come = study.remaining or any(not record.state.is_final for record in study.records())
@@ -102,12 +103,14 @@ def trial_run(
 
     The new one has the parameters and the scores, and nothing of what was told on the way.
     """
+    spec, folder = prepared.spec, prepared.paths.trial(record.number)
+    plan = plan_trial(spec, record.number, record.seed, record.parameters, folder)
+    params = run_params(plan, spec.seed)
     run_id = tracker.find_trial(parent, record.number)
     if run_id is None:
-        spec, folder = prepared.spec, prepared.paths.trial(record.number)
-        plan = plan_trial(spec, record.number, record.seed, record.parameters, folder)
-        params, tags = run_params(plan, spec.seed), _sweep_tags(prepared, study)
-        run_id = tracker.start_trial(parent, record.number, params, tags)
+        run_id = tracker.start_trial(parent, record.number, params, _sweep_tags(prepared, study))
+    else:
+        tracker.log_params(run_id, params)
     # Whatever cut an earlier command off while it made this run left it open, and perhaps empty.
     scores = {f"val_{name}": value for name, value in record.metrics.items()}
     known = tracker.metric_names(run_id)

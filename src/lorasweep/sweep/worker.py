@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from lorasweep.core.errors import StorageError, TrackingError
@@ -241,6 +241,8 @@ class Worker:
             self._listener(
                 Warned("The study can't be written; the next command marks what was under way.")
             )
+            with suppress(StorageError):
+                states = {record.number: record.state for record in self._study.records()}
         try:
             with impatient():
                 for number in stopped:

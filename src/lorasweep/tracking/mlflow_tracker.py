@@ -204,6 +204,11 @@ class MlflowTracker:
             for batch in _batches(found, _METRICS_A_BATCH):
                 self.client.log_batch(run_id, metrics=batch)
 
+    def has_corpus(self, run_id: str) -> bool:
+        """Whether :meth:`log_corpus` was done for a run."""
+        with self._telling("read a run"):
+            return bool(self.client.get_run(run_id).inputs.dataset_inputs)
+
     def metric_names(self, run_id: str) -> frozenset[str]:
         """Return the names of the metrics that a run has."""
         with self._telling("read a run"):
