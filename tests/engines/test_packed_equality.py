@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import PACKED
 from recorder import Recorder
 
 from lorasweep.core.corpora import EncodedSplit
@@ -26,16 +27,6 @@ from lorasweep.spec.schema import ModelSpec
 DEVICE = os.environ.get("LORASWEEP_TEST_DEVICE", "cpu")
 SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_batch_size=16)
 LOSSES, LOGITS = 1e-4, 1e-3
-ARCHITECTURES = (
-    "bert",
-    "camembert",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "roberta",
-    "xlm-roberta",
-)
 
 
 def random_split(base: Base, name: str, rows: int, seed: int, longest: int = 24) -> EncodedSplit:
@@ -133,7 +124,7 @@ def assert_same(one: Recorder, other: Recorder, trial: int, losses: float, logit
         np.testing.assert_allclose(a.logits, b.logits, rtol=0, atol=logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_every_trial_of_a_mixed_pack_equals_a_trainer_of_its_own(architecture, open_base_of, plans):
     base = open_base_of(architecture)
     train = random_split(base, "train", 80, seed=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import ENCODERS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_disk import room_for
@@ -28,20 +29,6 @@ from lorasweep.model.scoring import pad_rows, pads_left, predict_logits
 
 CPU = torch.device("cpu")
 PLAN = AdapterPlan(rank=4, alpha=8.0, dropout=0.0)
-ARCHITECTURES = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-    "xlnet",
-)
 
 
 def score(model, split):
@@ -66,7 +53,7 @@ def trained(base, split, steps=3):
     return model
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODERS)
 def test_every_new_module_is_trained_saved_and_reloaded(
     architecture, open_tiny, encode, tmp_path, caplog
 ):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from architectures import ENCODERS
 from transformers import AutoModelForSequenceClassification
 
 from lorasweep.core.plans import AdapterPlan
@@ -14,20 +15,6 @@ from lorasweep.model.adapter import attach, count_parameters
 from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.model.fresh_copies import FreshCopies
 from lorasweep.spec.schema import ModelSpec
-
-ARCHITECTURES = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "modernbert",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-)
 
 
 @pytest.fixture
@@ -43,7 +30,7 @@ def trained(model) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ENCODERS)
 def test_what_a_trial_trains_begins_with_the_same_numbers(architecture, base):
     opened = base(architecture)
     copies = FreshCopies(fresh_classifier(opened, 0), 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import PACKED
 from lane_numbers import SPANS, numbers
 from transformers import AutoConfig, AutoModel
 
@@ -101,19 +102,7 @@ def test_buckets_hold_every_token_once_and_little_padding():
     assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "bert",
-        "camembert",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "modernbert",
-        "roberta",
-        "xlm-roberta",
-    ],
-)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_float64_gradients_are_pefts_own(architecture, open_tiny, encode):
     base = open_tiny(architecture, base_dropout=0.0)
     assert_gradients_are_pefts(base, encode(base))

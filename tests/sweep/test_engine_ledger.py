@@ -35,10 +35,12 @@ def test_a_line_of_a_later_version_can_be_read(tmp_path):
 def test_a_line_that_was_damaged_is_passed_over(tmp_path):
     ledger = tmp_path / "engine.jsonl"
     keep(ledger, PACKED, "s")
+    damage = b"\0" * 40 + b"\n7\n\xff"  # and the end of the line is missing
     with ledger.open("ab") as stream:
-        stream.write(b"\0" * 40 + b"\n7\n\xff\n")
+        stream.write(damage)
     assert kept(ledger) == (PACKED,)
     keep(ledger, TRAINER, "s")
+    assert damage in ledger.read_bytes(), "nothing is thrown away"
     assert kept(ledger) == (PACKED, TRAINER)
 
 

@@ -14,7 +14,7 @@ from lorasweep.model.base import FreshClassifier, fresh_classifier, quiet_transf
 class FreshCopies:
     """Gives what :func:`fresh_classifier` gives, without the weights that a trial doesn't train.
 
-    Reading a base takes longer than many a step of a pack, and every lane would wait for it.
+    Every lane of a pack waits while another one is built, and reading the base would be most of it.
     Copies have the encoder's modules and shapes; of their frozen weights every number is one and
     the same zero, which takes no memory. Heads, and all that is new, are real.
 

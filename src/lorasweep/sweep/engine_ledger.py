@@ -26,11 +26,14 @@ def keep(ledger: Path, use: EngineUse, study: str) -> None:
     Raises:
         StorageError: The file can't be written.
     """
-    # Written anew and put in place, so that a kill leaves no half a line behind.
+    line = json.dumps(asdict(use) | {_STUDY: study}).encode() + b"\n"
     with storing(ledger, _WHAT):
-        lines = [*_lines(ledger), asdict(use) | {_STUDY: study}]
-    text = "".join(json.dumps(one) + "\n" for one in lines)
-    write_whole(ledger, text.encode(), _WHAT)
+        before = ledger.read_bytes() if ledger.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    # Written anew and put in place, so that a kill leaves no half a line behind; what can't be
+    # read of earlier lines stays as it is.
+    write_whole(ledger, before + line, _WHAT)
 
 
 def kept(ledger: Path, study: str | None = None) -> tuple[EngineUse, ...]:
