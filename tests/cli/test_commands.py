@@ -307,6 +307,11 @@ def test_a_killed_run_goes_on_to_the_same_results(small_sweep, monkeypatch):
             break
     process.stderr.close()
     process.wait(timeout=60)
+    status = command(spec.parent, "status", spec.name)  # tells what nobody was left to write
+    assert f"its process ({process.pid} on" in status.stdout
+    states = json.loads(command(spec.parent, "status", spec.name, "--json").stdout)["states"]
+    assert states["running"] == 0
+    assert states["interrupted"] >= 1
     done = command(spec.parent, "run", spec.name)
     assert done.returncode == 0, done.stderr
     assert "was cut off earlier; it is tried again" in done.stderr

@@ -1,4 +1,4 @@
-from lorasweep.cli.console import open_console
+from lorasweep.cli.console import open_console, print_trials
 from lorasweep.cli.views import LiveView, PlainView, QuietView, format_parameters
 from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
 from lorasweep.sweep.events import (
@@ -100,6 +100,15 @@ def test_the_live_view_names_the_lane_of_a_trial_while_it_trains(capsys, monkeyp
     assert "lane" not in ended
     assert "lane 1" in running
     assert "packed, 2 lanes, about 143 MiB each" in "".join(last)
+
+
+def test_a_trial_that_another_process_trains_is_told_as_far_as_it_is_known(capsys):
+    running = TrialRecord(7, TrialState.RUNNING, POINT, score=0.61, best_epoch=1, seconds=75.0)
+    print_trials((RECORD, running), RECORD, "f1")
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "▸ 0007" in line)
+    assert "1 min 15 s" in row
+    assert "running" in row
+    assert "0.6100" in row
 
 
 def test_json_events_are_strict(capsys):

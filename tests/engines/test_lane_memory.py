@@ -1,9 +1,11 @@
 """What one more lane takes, whether the lanes were measured or fixed, and too little memory."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.packing import length_batches
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.adapter import attach
-from lorasweep.model.base import fresh_classifier
+from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings
+from lorasweep.spec.schema import ModelSpec
 
 SETTINGS = EngineSettings(precision="fp32", device="cpu")
 CPU = torch.device("cpu")
@@ -62,10 +65,50 @@ def test_it_is_what_a_second_and_a_third_lane_take(make_engine):
         def step(batch=batch):
             return model.forward(batch, training=True).sum()
 
-        taken.append(saved_bytes(step, CPU) + 4 * model.weights.weights.nbytes)
+        weights = model.weights.weights
+        there = [*model.model.parameters(), weights]
+        taken.append(saved_bytes(step, CPU, there) + 4 * weights.nbytes)
     more = np.diff(taken)
     assert (more <= claimed).all()
     assert (more >= claimed / 2).all()
+
+
+def test_measuring_lets_go_of_what_the_pass_kept():
+    """An operation that keeps its own result, such as tanh, must not keep all before it."""
+
+    class Mark:
+        """Something to be referred to weakly."""
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark = Mark()
+            marks.append(weakref.ref(ctx.mark))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    marks = []
+    x = torch.ones(100, requires_grad=True)
+    saved_bytes(lambda: torch.tanh(Marked.apply(x)).sum(), CPU)
+    gc.collect()
+    assert [mark() for mark in marks] == [None]
+
+
+def test_the_frozen_base_is_nothing_that_a_lane_takes():
+    """What is kept of it for gradients is there anyway, once for all lanes."""
+    base = open_base(ModelSpec(name="embedded/minilm", max_length=128), ("no", "yes"))
+    one = EncodedSplit(
+        name="one",
+        tokens=np.array([5, 6, 7], dtype=np.int32),
+        offsets=np.array([0, 3]),
+        labels=np.array([1]),
+    )
+    engine = PackedEngine(base, one, one, SETTINGS, 3)
+    frozen = sum(tensor.nbytes for tensor in engine.model.model.base_model.encoder.parameters())
+    assert bytes_of(engine) < frozen / 2
 
 
 def test_longer_rows_take_more(make_engine, splits):
@@ -163,7 +206,7 @@ def test_what_a_lane_is_said_to_take_is_what_the_process_takes_for_it(tmp_path):
     claim = found[8]["claim"]
     assert claim == found[2]["claim"]
     taken = (found[8]["peak"] - found[2]["peak"]) / 6
-    assert claim / 2 < taken < 1.25 * claim
+    assert claim / 2 < taken < 1.1 * claim
 
 
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):

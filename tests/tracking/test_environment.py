@@ -17,6 +17,9 @@ def test_versions_and_machine() -> None:
     assert found["memory_gib"] > 0
     assert found["python"]
     assert found["cpu"]
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "cpu family" in info.read_text(encoding="utf-8"):
+        assert " (family " in found["cpu"]
 
 
 def test_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

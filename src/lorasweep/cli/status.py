@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
 from lorasweep.cli.options import again, read_spec, spec_argument
+
+if TYPE_CHECKING:
+    from lorasweep.core.outcomes import TrialRecord
+    from lorasweep.search.ledger import Ledger
 
 
 @click.command("status", short_help="Trials by state, the best so far, where things lie.")
@@ -23,7 +30,7 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     paths = sweep_paths(spec.output, spec.name)
     study = Study.peek(paths.optuna_database, spec.name)
-    records = study.records() if study else ()
+    records = _as_they_are(study, time.time()) if study else ()
     best = study.best() if study else None
     counts = Counter(record.state for record in records)
     done = sum(counts[state] for state in TrialState if state.is_final)
@@ -56,3 +63,16 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"go on: lorasweep run {again(spec_file, overrides)}")
     elif not report.exists():
         click.echo(f"next: lorasweep report {again(spec_file, overrides)}")
+
+
+def _as_they_are(study: Ledger, now: float) -> tuple[TrialRecord, ...]:
+    """The study's trials; one whose process was killed is interrupted, though nobody wrote it."""
+    from lorasweep.core.outcomes import TrialState
+
+    whys = study.abandoned(now)
+    return tuple(
+        replace(record, state=TrialState.INTERRUPTED, reason=whys[record.number])
+        if record.number in whys
+        else record
+        for record in study.records()
+    )

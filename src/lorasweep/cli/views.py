@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.outcomes import TrialRecord, TrialState
@@ -76,7 +76,7 @@ class _Row:
     lane: int | None = None
     seconds: float = 0.0
     reason: str = ""
-    since: float = field(default_factory=time.monotonic)
+    since: float | None = None  # when it started, where this process saw it start
 
 
 class LiveView(View):
@@ -104,7 +104,11 @@ class LiveView(View):
                 self._begin(event)
             case TrialStarted():
                 self._rows[event.number] = _Row(
-                    event.number, TrialState.RUNNING, event.parameters, epochs=event.epochs
+                    event.number,
+                    TrialState.RUNNING,
+                    event.parameters,
+                    epochs=event.epochs,
+                    since=time.monotonic(),
                 )
             case TrialReady():
                 self._rows[event.number].lane = event.facts.lane
@@ -205,7 +209,7 @@ def _table(rows: Iterable[_Row], best: int | None, objective: str) -> Table:
     table.add_column("time", justify="right")
     table.add_column("note", overflow="ellipsis", max_width=48, no_wrap=True)
     for row in shown:
-        seconds = row.seconds if row.state.is_final else time.monotonic() - row.since
+        seconds = row.seconds if row.since is None else time.monotonic() - row.since
         style = "bold green" if row.number == best else ""
         table.add_row(
             Text(f"{_MARK[row.state]} {run_name(row.number)}"),
@@ -237,7 +241,7 @@ def _lane(row: _Row) -> str:
 
 
 def _progress(row: _Row) -> str:
-    if row.state is not TrialState.RUNNING:
+    if row.since is None:
         return row.state.value
     filled = round(10 * row.share)
     return "━" * filled + "╌" * (10 - filled)

@@ -20,6 +20,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.core.errors import Problem, StorageError
 from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
 from lorasweep.search import points
+from lorasweep.search.lease import Lease
 
 # Optuna tells of every trial at INFO; lorasweep's own console does that.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -121,6 +122,19 @@ class Ledger:
             KeyError: When the study has no trial of that number.
         """
         return _record(self._trial(number))
+
+    def abandoned(self, now: float) -> dict[int, str]:
+        """Trials that count as running and that nobody works on: why that is known, by number.
+
+        Args:
+            now: Seconds since the epoch.
+        """
+        whys = {
+            trial.number: Lease.from_json(trial.user_attrs.get(LEASE)).why_over(now)
+            for trial in self._trials()
+            if not trial.state.is_finished()
+        }
+        return {number: why for number, why in whys.items() if why}
 
     def best(self) -> TrialRecord | None:
         """The completed trial of the highest score; of equal ones the one whose turn came first.

@@ -69,12 +69,18 @@ def _cores() -> int:
 
 
 def _cpu_model() -> str:
+    """Name the processor, and its family: virtual machines hide what follows the brand."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+        text = ""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    family, model = found.get("cpu family"), found.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _gpus() -> list[str]:
