@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from lorasweep.cli.console import open_console, print_trials
 from lorasweep.cli.views import LiveView, PlainView, QuietView, format_parameters
 from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
@@ -100,6 +102,23 @@ def test_the_live_view_names_the_lane_of_a_trial_while_it_trains(capsys, monkeyp
     assert "lane" not in ended
     assert "lane 1" in running
     assert "packed, 2 lanes, about 143 MiB each" in "".join(last)
+
+
+def test_on_a_small_terminal_running_trials_come_before_ended_ones(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "12")  # room for six rows
+    view = LiveView()
+    view.show(SweepStarted("s", "f1", 12, (), "packed, 2 lanes"))
+    view.show(TrialStarted(0, POINT, 4))
+    for number in range(1, 9):
+        view.show(TrialStarted(number, POINT, 1))
+        view.show(TrialEnded(replace(RECORD, number=number), RECORD))
+    view.show(TrialStarted(9, POINT, 1))
+    view.close()
+    last = capsys.readouterr().err.splitlines()[-8:]
+    shown = [line.split()[1] for line in last if line[:1] in "▸✓" and line.strip()]
+    assert shown == ["0000", "0005", "0006", "0007", "0008", "0009"]
+    assert "4 more trials not shown" in last[-1]
 
 
 def test_a_trial_that_another_process_trains_is_told_as_far_as_it_is_known(capsys):

@@ -20,9 +20,12 @@ def test_shares_of_a_pack():
         empty_places=50,
         tokens=900,
         computed_tokens=1000,
+        seconds=40.0,
+        step_seconds=30.0,
     )
     assert use.trials_at_once == 3
     assert use.busy_share == 0.75
+    assert use.step_time_share == 0.75
     assert use.real_share == 0.9
 
 
@@ -30,11 +33,11 @@ def test_shares_of_a_pack():
     "use",
     [
         EngineUse("trainer", 3, 1),
-        EngineUse("packed", 3, 2, 0, None, 0, 0, 0, 0, 0),  # every trial failed to build
+        EngineUse("packed", 3, 2, 0, None, 0, 0, 0, 0, 0, 0.0, 0.0),  # every trial failed to build
     ],
 )
 def test_what_was_not_counted_is_unknown(use):
-    assert use.trials_at_once is use.busy_share is use.real_share is None
+    assert use.trials_at_once is use.busy_share is use.real_share is use.step_time_share is None
 
 
 def test_examples_in_docstrings():

@@ -112,9 +112,23 @@ def test_without_a_measured_lane_only_the_reserve_counts(engine, host):
     assert pressure.too_many(16)
 
 
-def test_one_lane_goes_on_whatever_is_left(engine, host):
-    host.free = 0
-    assert not HostPressure(engine()).too_many(1)
+def test_one_lane_goes_on_whatever_is_left_and_all_else_goes(engine, host):
+    made = engine()
+    made.model.shared.most_bytes = 77
+    host.free, host.kept = 0, LANE // 2
+    assert not HostPressure(made).too_many(1)
+    assert host.asked
+    assert made.model.shared.most_bytes == 0
+
+
+def test_one_lane_whose_step_the_heap_holds_is_left_in_peace(engine, host):
+    """Giving memory back before each step would have each step ask for it again."""
+    pressure = HostPressure(engine())
+    assert not pressure.too_many(1)
+    host.free = LANE // 2
+    assert not pressure.too_many(1)
+    assert host.asked == 0
+    assert not pressure.too_many(0)  # all have ended
 
 
 def test_lanes_are_halved_in_time_and_nothing_is_lost(engine, host, make_plan, caplog):

@@ -231,14 +231,57 @@ def test_who_finds_no_memory_even_alone_fails_and_the_others_go_on(
     assert_undisturbed((recorder, outcomes), straight, [p for p in plans if p.number != at])
 
 
-def test_without_memory_to_park_anyone_the_latest_trial_fails(engine, plans, straight, monkeypatch):
+@pytest.mark.parametrize("what", ["build", "add_lane"])
+def test_who_finds_no_memory_alone_is_tried_again_when_all_was_let_go_of(
+    what, engine, plans, straight, monkeypatch
+):
     made = engine()
-    monkeypatch.setattr(made.model, "forward", lacking(made.model.forward, lambda n: n == 3))
-    monkeypatch.setattr(made.model, "lane_state", lacking(made.model.lane_state, lambda n: n == 2))
+    made.model.shared.most_bytes = 77
+    owner = made if what == "build" else made.model
+    monkeypatch.setattr(owner, what, lacking(getattr(owner, what), lambda n: n == 1))
+    found = run(made, plans)
+    assert (made.use.halved, made.model.shared.most_bytes) == (0, 0)
+    assert_undisturbed(found, straight, plans)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_without_memory_to_park_anyone_it_is_tried_again_and_then_the_latest_trial_fails(
+    twice, engine, plans, straight, monkeypatch
+):
+    made = engine()
+    steps, states = ((3, 4), (2, 4)) if twice else ((3,), (2,))
+    for what, calls in (("forward", steps), ("lane_state", states)):
+        limited = lacking(getattr(made.model, what), lambda n, calls=calls: n in calls)
+        monkeypatch.setattr(made.model, what, limited)
     recorder, outcomes = run(made, plans)
-    failed = outcomes.pop(4)
-    assert (failed.state, failed.steps) == (TrialState.FAILED, 2)
-    assert failed.reason.startswith(ALONE)
+    assert made.use.halved == int(twice)
+    if twice:
+        failed = outcomes.pop(4)
+        assert (failed.state, failed.steps) == (TrialState.FAILED, 2)
+        assert failed.reason.startswith(ALONE)
+    left = [plan for plan in plans if plan.number in outcomes]
+    assert len(left) == (5 if twice else 6)
+    assert_undisturbed((recorder, outcomes), straight, left)
+
+
+def test_who_comes_after_a_trial_that_failed_so_does_not_take_its_place(
+    engine, plans, straight, monkeypatch
+):
+    """Four never fit, and nobody can be parked: the fifth and the sixth must wait."""
+    made = engine()
+    forward, model = made.model.forward, made.model
+
+    def limited(batch, *, training):
+        if training and model.lanes > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(batch, training=training)
+
+    monkeypatch.setattr(model, "forward", limited)
+    lacks = lacking(model.lane_state, lambda n: n <= 2)
+    monkeypatch.setattr(model, "lane_state", lacks)
+    recorder, outcomes = run(made, plans)
+    assert outcomes.pop(4).state is TrialState.FAILED
+    assert made.capacity == 2
     assert_undisturbed((recorder, outcomes), straight, [p for p in plans if p.number != 4])
 
 

@@ -134,6 +134,21 @@ def test_losses_on_their_way_are_told_before_lack_of_memory_ends_a_trial(engine,
     assert [report.step for report in recorder.told[1]] == [1, 2, 3]
 
 
+def test_the_only_lane_is_tried_once_more_since_what_could_be_let_go_of_was(
+    engine, make_plan, tight, caplog
+):
+    expected, found, made = Recorder(), Recorder(), engine(0)
+    run(engine(0), [make_plan(1)], expected)
+    made.model.shared.most_bytes = 77
+    tight(made, times=1)
+    (outcome,) = run(made, [make_plan(1)], found)
+    assert (outcome.state.value, outcome.reason) == ("completed", "")
+    assert found.losses[1] == expected.losses[1]
+    assert made.use.halved == 0
+    assert made.model.shared.most_bytes == 0
+    assert "trying once more" in caplog.text
+
+
 def test_a_loss_that_is_no_number_is_the_reason_also_where_memory_runs_out_next(
     engine, make_plan, tight
 ):

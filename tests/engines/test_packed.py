@@ -201,29 +201,35 @@ def test_logits_that_are_no_numbers_fail_their_trial_and_are_told_to_nobody(
         same(expected, recorder, number, NEIGHBOURS)
 
 
-def test_an_epoch_that_is_half_told_when_memory_runs_out_is_not_told_again(
-    engine, plan, monkeypatch
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_adapter_that_finds_no_memory_is_kept_at_the_second_try_or_its_trial_fails(
+    times, engine, plan, monkeypatch
 ):
-    """Whoever was told may know the epoch by then, and its adapter wouldn't be kept."""
+    """Whoever was told of the epoch knows it by then: it can't be told again."""
     plans = [plan(1), plan(2)]
     expected = run(engine(2), plans)
     made, save, calls = engine(2), pack_run.save_adapter, []
 
     def tight(adapter, folder):
         calls.append(folder)
-        if len(calls) == 1:
+        if len(calls) <= times:
             raise MemoryError
         save(adapter, folder)
 
     monkeypatch.setattr(pack_run, "save_adapter", tight)
     recorder = Recorder()
     outcomes = {outcome.trial: outcome for outcome in made.run(plans, recorder)}
-    assert outcomes[1].state is TrialState.FAILED
-    assert outcomes[1].reason.startswith("out of memory at batch size 8")
-    assert "MemoryError" in outcomes[1].traceback
-    assert [e.epoch for e in recorder.epochs[1]] == [1]
-    assert outcomes[2].state is TrialState.COMPLETED
-    same(expected, recorder, 2, NEIGHBOURS)
+    assert calls[1] == calls[0]
+    if times == 2:
+        failed = outcomes.pop(1)
+        assert failed.state is TrialState.FAILED
+        assert failed.reason.startswith("out of memory at batch size 8")
+        assert "MemoryError" in failed.traceback
+        assert [e.epoch for e in recorder.epochs[1]] == [1]
+    for number, outcome in outcomes.items():
+        assert outcome.state is TrialState.COMPLETED
+        assert (plans[number - 1].adapter_folder / "adapter_model.safetensors").exists()
+        same(expected, recorder, number, NEIGHBOURS)
 
 
 @pytest.mark.parametrize("places", [4, 64])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from architectures import PACKED
 from numpy.typing import NDArray
 
 from lorasweep.core.corpora import EncodedSplit
@@ -110,13 +111,16 @@ def test_with_dropout_the_mean_over_seeds_is_the_trainers(of, open_tiny, few, se
     assert not is_equivalent(pack(rate / 2, base_rate / 2) - expected, margin)
 
 
-def test_in_bf16_it_is_as_close_to_fp32_as_the_trainer_is(open_tiny, splits, make_plan):
+@pytest.mark.parametrize("architecture", PACKED)
+def test_in_bf16_it_is_as_close_to_fp32_as_the_trainer_is(
+    architecture, open_tiny, splits, make_plan
+):
     """Root mean square distances of losses and logits, over trials, from a fp32 Trainer's.
 
     A Trainer's autocast keeps sums and norms between the products in float32, a pack keeps
     all activations in bfloat16; so the distances are alike, not equal.
     """
-    base = open_tiny("bert", base_dropout=0.0)
+    base = open_tiny(architecture, base_dropout=0.0)
     plans = [make_plan(n, seed=n, learning_rate=5e-4) for n in range(12)]
     half = replace(SETTINGS, precision="bf16")
     exact = run(TrainerEngine(base, *splits, SETTINGS), plans)

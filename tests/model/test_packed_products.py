@@ -184,6 +184,18 @@ def test_an_architecture_that_a_pack_cannot_carry_is_refused_before_training(
         PackedModel(fresh_classifier(base, 0), CPU)
 
 
+def test_a_convolution_over_neighbouring_tokens_is_refused(tiny_base_folder, tmp_path):
+    """DeBERTa-v2's larger models have one, which would reach into the next row."""
+    folder = tmp_path / "convolving"
+    shutil.copytree(tiny_base_folder("deberta-v2"), folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.conv_kernel_size = 3
+    AutoModel.from_config(config).save_pretrained(folder)
+    base = open_base(ModelSpec(name=str(folder), max_length=64), ("no", "yes"))
+    with pytest.raises(ModelError, match=r"convolution over neighbouring.*Use engine: trainer\."):
+        PackedModel(fresh_classifier(base, 0), CPU)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_modernbert_pools_both_ways(pooling, open_tiny):
     base = open_tiny("modernbert")

@@ -167,13 +167,14 @@ def test_numbers_that_are_not_finite_become_null(make_sweep) -> None:  # type: i
 
 def test_how_each_command_trained_is_there(make_sweep) -> None:  # type: ignore[no-untyped-def]
     uses = (
-        EngineUse("packed, 4 lanes", 7, 4, 0, 10**8, 50, 150, 50, 900, 1000),
+        EngineUse("packed, 4 lanes", 7, 4, 0, 10**8, 50, 150, 50, 900, 1000, 40.0, 30.0),
         EngineUse("trainer (too few trials to train any at once)", 1, 1),
     )
     found = document(make_sweep(engine_uses=uses))
     assert validator().is_valid(found)
     packed, alone = found["environment"]["engine"]
     assert (packed["busy_share"], packed["real_token_share"]) == (0.75, 0.9)
+    assert packed["step_time_share"] == 0.75
     assert (packed["trials_at_once"], packed["bytes_per_lane"]) == (3, 10**8)
     assert alone["engine"] == uses[1].engine
     assert alone["bytes_per_lane"] is alone["busy_share"] is None

@@ -209,10 +209,10 @@ def test_the_model_card_has_a_head_scores_and_limits(make_sweep, tmp_path: Path)
 
 def test_the_page_says_how_the_trials_were_trained(make_sweep) -> None:  # type: ignore[no-untyped-def]
     uses = (
-        EngineUse("packed, 4 lanes", 7, 4, 2, 150_000_000, 50, 150, 50, 900, 1000),
+        EngineUse("packed, 4 lanes", 7, 4, 2, 150_000_000, 50, 150, 50, 900, 1000, 40.0, 34.0),
         EngineUse("trainer (<b>why</b>)", 1, 1),
     )
     text = written_page(make_sweep(engine_uses=uses)).text
-    assert "packed, 4 lanes 7 4 3.0 75.0% 90.0% 143 MiB 2" in text
-    assert "trainer (<b>why</b>) 1 1 – – – – –" in text
+    assert "packed, 4 lanes 7 4 3.0 75.0% 85.0% 90.0% 143 MiB 2" in text
+    assert "trainer (<b>why</b>) 1 1 – – – – – –" in text
     assert "How the trials were trained" not in written_page(make_sweep()).text

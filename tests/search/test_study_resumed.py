@@ -50,6 +50,21 @@ def test_what_comes_too_late_is_dropped(search, open_study, epoch, clock):
     assert other.ask().parameters == asked.parameters
 
 
+def test_silence_is_told_as_an_end_only_where_the_process_is_not_there(search, open_study, clock):
+    names = {"here": Owner.current(), "elsewhere": Owner("elsewhere", 1, 0.0)}
+    studies = {name: open_study(search(), owner=owner) for name, owner in names.items()}
+    numbers = {name: study.ask().number for name, study in studies.items()}
+    looking = studies["here"]
+    assert looking.abandoned(clock.now) == {}
+    late = clock.now + LEASE_SECONDS + 1
+    (abandoned,) = looking.abandoned(late).items()
+    assert abandoned == (
+        numbers["elsewhere"],
+        "its lease expired; it belonged to process 1 on elsewhere",
+    )
+    assert [record.state for record in looking.records()] == ["running", "running"]
+
+
 def test_a_trial_at_work_is_left_alone(search, open_study, clock):
     worker = open_study(search(), owner=Owner("elsewhere", 1, 0.0))
     asked = worker.ask()

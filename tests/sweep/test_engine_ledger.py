@@ -11,7 +11,7 @@ from lorasweep.sweep.engine_ledger import keep, kept, metrics, sentence
 
 PACKED = EngineUse(
     "packed, 4 lanes", 7, 4, 1, 150_000_000, pack_steps=50, lane_steps=150, empty_places=50,
-    tokens=900, computed_tokens=1000,
+    tokens=900, computed_tokens=1000, seconds=40.0, step_seconds=35.0,
 )  # fmt: skip
 TRAINER = EngineUse("trainer (too few trials to train any at once)", 2, 1)
 
@@ -72,8 +72,8 @@ def test_a_full_disk_is_said_and_costs_no_older_line(tmp_path, monkeypatch):
 def test_people_are_told_what_a_pack_did():
     assert sentence(PACKED) == (
         "The pack trained 3.0 trials at a time; 75% of its places were busy while trials remained; "
-        "90% of the tokens computed were real; one more lane would take about 143 MiB; memory ran "
-        "out and the lanes were halved, 1 ×."
+        "90% of the tokens computed were real; 88% of the time went into steps; one more lane "
+        "would take about 143 MiB; memory ran out and the lanes were halved, 1 ×."
     )
     assert sentence(TRAINER) == ""
 
@@ -84,6 +84,7 @@ def test_a_run_shows_what_its_engine_has_a_word_for():
         "engine/lanes": 4,
         "engine/trials_at_once": 3,
         "engine/busy_share": 0.75,
+        "engine/step_time_share": 0.875,
         "engine/real_token_share": 0.9,
         "engine/halvings": 1,
         "engine/bytes_per_lane": 150_000_000,

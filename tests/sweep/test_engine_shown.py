@@ -101,6 +101,8 @@ def test_what_the_pack_did_reaches_console_run_results_and_page(four_points):
     assert parent["engine/bytes_per_lane"] == use.bytes_per_lane
     assert parent["engine/busy_share"] == use.busy_share
     assert parent["engine/real_token_share"] == pytest.approx(use.real_share)
+    assert parent["engine/step_time_share"] == pytest.approx(use.step_time_share)
+    assert 0 < use.step_time_share < 1
     assert runs["0000"].data.tags["lorasweep.engine"] == started.engine
 
     (written,) = load_report(report.page.parent)["environment"]["engine"]

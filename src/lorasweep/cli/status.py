@@ -72,7 +72,7 @@ def _as_they_are(study: Ledger, now: float) -> tuple[TrialRecord, ...]:
     whys = study.abandoned(now)
     return tuple(
         replace(record, state=TrialState.INTERRUPTED, reason=whys[record.number])
-        if record.number in whys
+        if record.number in whys and record.state is TrialState.RUNNING
         else record
         for record in study.records()
     )

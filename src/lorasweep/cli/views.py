@@ -160,9 +160,11 @@ class LiveView(View):
         best = self._best.number if self._best else None
         # A terminal shows so many rows; the running and the latest trials matter most.
         room = max(5, self._console.height - 6)
-        rows = list(self._rows.values())
-        hidden = max(0, len(rows) - room)
-        table = _table(rows[hidden:], best, self._started.objective)
+        latest = sorted(self._rows.values(), key=lambda row: (not row.state.is_final, row.number))[
+            -room:
+        ]
+        table = _table(sorted(latest, key=lambda row: row.number), best, self._started.objective)
+        hidden = len(self._rows) - len(latest)
         return Group(table, Text(self._footer(hidden), style="dim"))
 
     def _footer(self, hidden: int) -> str:
@@ -179,7 +181,7 @@ class LiveView(View):
             each = (time.monotonic() - self._begun) / self._ended
             parts.append(f"about {_duration(each * left)} left")
         if hidden:
-            parts.append(f"{hidden} earlier trials not shown")
+            parts.append(f"{hidden} more trials not shown")
         return " · ".join(parts)
 
 

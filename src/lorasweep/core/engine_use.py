@@ -26,6 +26,10 @@ class EngineUse:
         computed_tokens: Tokens computed for them: with filling tokens, or where there are none
             (without compiled kernels) with attention's padding. Not counted is what pads LoRA's
             narrow products to the longest lane where torch has no grouped kernel for them.
+        seconds: From the pack's first plan to its last outcome.
+        step_seconds: Of those, what went into steps of the pack. In the rest all lanes stand
+            still: evaluation, building lanes, checkpoints, and telling study and store. None on
+            an accelerator, which goes on meanwhile.
     """
 
     engine: str
@@ -38,6 +42,8 @@ class EngineUse:
     empty_places: int | None = None
     tokens: int | None = None
     computed_tokens: int | None = None
+    seconds: float | None = None
+    step_seconds: float | None = None
 
     @property
     def trials_at_once(self) -> float | None:
@@ -52,6 +58,13 @@ class EngineUse:
         if not self.lane_steps or self.empty_places is None:
             return None
         return self.lane_steps / (self.lane_steps + self.empty_places)
+
+    @property
+    def step_time_share(self) -> float | None:
+        """Share of the time that went into steps, 0 to 1."""
+        if not self.seconds or self.step_seconds is None:
+            return None
+        return self.step_seconds / self.seconds
 
     @property
     def real_share(self) -> float | None:

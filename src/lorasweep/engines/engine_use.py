@@ -29,4 +29,7 @@ def use_of(engine: Engine, why: str, trials: int) -> EngineUse:
         empty_places=use.idle_places,
         tokens=use.tokens,
         computed_tokens=use.attended,
+        seconds=use.seconds,
+        # An accelerator goes on with its steps while the host does something else.
+        step_seconds=use.step_seconds if engine.lag == 0 else None,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorasweep.engines.lane_memory import free_bytes
 from lorasweep.engines.memory_lack import let_go
-from lorasweep.engines.packing import lanes_that_fit
+from lorasweep.engines.packing import lanes_fit
 from lorasweep.model.heap import give_freed_memory_back
 
 if TYPE_CHECKING:
@@ -41,18 +41,20 @@ class HostPressure:
 
         Returns:
             Whether fewer of them must go on. One lane never is too many: its trial has no other
-            way.
+            way than to go on with what could be let go of.
         """
-        if self._engine.device.type != "cpu" or lanes < 2:
+        if self._engine.device.type != "cpu" or not lanes:
             return False
-        if self._has_room(max(1, lanes - self._held)):
+        # A lane that may come in must find room; beside one that is to be alone, none may.
+        more = max(lanes - self._held, 1 if lanes > 1 else 0)
+        if self._has_room(more):
             self._held = max(self._held, lanes)
             return False
         self.forget()
         give_freed_memory_back()
         if not self._fit(lanes):
             let_go(self._engine)
-            if not self._fit(lanes):
+            if lanes > 1 and not self._fit(lanes):
                 return True
         self._held = lanes
         return False
@@ -66,7 +68,7 @@ class HostPressure:
 
     def _fit(self, lanes: int) -> bool:
         free = free_bytes(self._engine.device)
-        return free >= _RESERVE and lanes_that_fit(free, self._lane, lanes) == lanes
+        return free >= _RESERVE and lanes_fit(free, self._lane, lanes)
 
     @property
     def _lane(self) -> int:

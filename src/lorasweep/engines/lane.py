@@ -128,6 +128,9 @@ class PackUse:
         halved: Times that memory ran out and the lanes were halved.
         bytes_per_lane: What the largest lane of the sweep takes; None until measured.
         idle_places: Sum over pack steps of places without a lane while plans remained.
+        seconds: Wall time of all runs; that of reporter, plans and whoever takes the outcomes is
+            in it.
+        step_seconds: Wall time of the pack's steps, without telling their losses.
     """
 
     steps: int = 0
@@ -137,6 +140,8 @@ class PackUse:
     halved: int = 0
     bytes_per_lane: int | None = None
     idle_places: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
 
     def count(self, parts: Sequence[PackedBatch], lanes: int, idle: int) -> None:
         """Add a pack step of so many lanes, with so many idle places."""

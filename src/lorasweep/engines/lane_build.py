@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_lane(
-    engine: PackedEngine, plan: TrialPlan, clock: int, *, alone: bool
+    engine: PackedEngine, plan: TrialPlan, clock: int, *, last_try: bool
 ) -> Lane | Outcome | None:
     """Build a plan's lane.
 
@@ -26,7 +26,7 @@ def build_lane(
         engine: Builds it.
         plan: The trial.
         clock: The pack's.
-        alone: No other lane is there: it isn't others who have the memory.
+        last_try: There is no memory left that could be freed for it.
 
     Returns:
         The lane; or the outcome of a trial that can't be built; None where memory ran out and
@@ -45,7 +45,7 @@ def build_lane(
         reason = needs_too_much(plan) if lacking else f"{type(error).__name__}: {error}"
         trace = traceback.format_exc()
         traceback.clear_frames(error.__traceback__)  # what they hold is wanted back
-    if lacking and not alone:
+    if lacking and not last_try:
         return None
     return Outcome(
         plan.number,

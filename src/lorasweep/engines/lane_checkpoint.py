@@ -163,7 +163,7 @@ def tell_again(lane: Lane, reporter: Reporter) -> None:
         verdict = reporter.evaluated(entry)
         if verdict.keep:
             kept = entry.epoch
-        if not verdict.go_on:
+        if not verdict.go_on and entry.epoch < entry.epochs:
             lane.end(TrialState.PRUNED, f"stopped after epoch {entry.epoch} of {entry.epochs}")
             return
     if kept != lane.kept:
@@ -173,6 +173,8 @@ def tell_again(lane: Lane, reporter: Reporter) -> None:
             f"it went on from a checkpoint whose best epoch was {lane.kept}, and now it is {kept}, "
             "whose adapter is gone; train it under a new name",
         )
+    elif lane.progress.ended and not lane.due:
+        lane.end(TrialState.COMPLETED)  # it was cut off between its last epoch and its outcome
 
 
 def discard(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -60,6 +61,7 @@ class PackRun:
         self.places = PackPlaces(engine, resumption)
         self.steps = PackSteps(engine, self.places, reporter)
         self._pressure = HostPressure(engine)
+        self._lacked: tuple[int, tuple[int, int]] | None = None
 
     def outcomes(self) -> Generator[Outcome, None, None]:
         """Fill, step, and yield what ended, until no plan is left.
@@ -67,7 +69,7 @@ class PackRun:
         Whatever stops it before that (Ctrl-C, an error that concerns all trials, whoever takes
         the outcomes closing it) leaves checkpoints of the trials under way.
         """
-        places = self.places
+        places, began = self.places, time.perf_counter()
         self.engine.checkpoints.begin()
         try:
             yield from self._fill()
@@ -82,9 +84,14 @@ class PackRun:
                 self._foresee_lack()
                 if (lack := self._lack_in(self._advance)) is not None:
                     self._shrink(lack)
+                elif self._lack_in(self._save) is not None:
+                    self.engine.checkpoints.begin()
+                    _log.warning("out of memory: trials keep their older checkpoints for now")
         except BaseException:
             self._save_before_stopping()
             raise
+        finally:
+            self.engine.use.seconds += time.perf_counter() - began
 
     # -- places ------------------------------------------------------------------------
 
@@ -108,10 +115,14 @@ class PackRun:
             Whether there was memory; if not, who found none waits for fewer lanes.
         """
         places = self.places
+        again = False
         while (lack := self._lack_in(places.enter)) is not None:
             if places.lanes:
                 self._make_room(len(places.lanes) + 1)
                 return False
+            again = not again
+            if again:
+                continue  # what was let go of may have been enough
             lane = places.turn_away()
             if lane.outcome is None:
                 lane.end(TrialState.FAILED, needs_too_much(lane.plan), lack)
@@ -121,6 +132,7 @@ class PackRun:
     def _take_plans(self) -> Iterator[Outcome]:
         """Build a lane for every free place; where memory runs out, the plan is held for later."""
         places = self.places
+        again = False
         while places.wants_plan:
             if places.held is None:
                 if (plan := next(self.plans, None)) is None:
@@ -128,11 +140,15 @@ class PackRun:
                     return
                 places.held = plan, places.take_turn()
             plan, turn = places.held
-            alone = not places.everyone
-            built = build_lane(self.engine, plan, places.clock, alone=alone)
+            built = build_lane(self.engine, plan, places.clock, last_try=again)
             if built is None:
-                self._make_room(len(places.everyone) + 1)
-                return
+                if places.everyone:
+                    self._make_room(len(places.everyone) + 1)
+                    return
+                self._let_go()
+                again = True
+                continue
+            again = False
             places.held = None
             if isinstance(built, Outcome):
                 yield built
@@ -195,18 +211,28 @@ class PackRun:
             _log.warning("out of memory: going on with at most %s", going_on)
 
     def _shrink(self, trace: str) -> None:
-        """Memory ran out in a step: park half of the lanes as they are, or fail the only one."""
+        """Memory ran out in a step: park half of the lanes as they are.
+
+        Where there is only one, or no memory to park any in, it is tried once more, since all
+        that can be let go of has been; then the latest lane fails.
+        """
         places = self.places
         self.steps.read_losses()
         if places.ended and not places.due:
             return  # one has just turned out to have failed: perhaps there is room without it
-        if len(going := places.going) > 1:
-            self.engine.halve(len(going) // 2)
-            if self._lack_in(places.park_half) is None:
-                _log.warning("out of memory: going on with %s", _lanes(len(places.going)))
-                return
-        lane = going[-1]  # the only one, or there is no memory to park any in
-        lane.end(TrialState.FAILED, needs_too_much(lane.plan), trace)
+        if (stay := len(places.going) // 2) and self._lack_in(places.park_half) is None:
+            self.engine.halve(stay)
+            _log.warning("out of memory: going on with %s", _lanes(stay))
+            return
+        lane = places.going[-1]
+        here = lane.plan.number, lane.mark
+        if self._lacked == here:
+            if stay:  # or whoever takes its place would have the same end
+                self.engine.halve(len(places.going) - 1)
+            lane.end(TrialState.FAILED, needs_too_much(lane.plan), trace)
+        else:
+            self._lacked = here
+            _log.warning("out of memory: trying once more with all that could be let go of")
 
     def _foresee_lack(self) -> None:
         """Park half of the lanes, and again, where the kernel would rather kill than refuse."""
@@ -225,18 +251,23 @@ class PackRun:
 
     def _advance(self) -> None:
         """Evaluate what is due, else step: apart, so that a lack of memory repeats only one."""
-        places, checkpoints = self.places, self.engine.checkpoints
+        places = self.places
         if places.due:
             self.steps.read_losses()  # one of them may fail
         if due := places.due:
             self._evaluate(due)
         elif not places.ended:
             self.steps.take()
+
+    def _save(self) -> None:
+        """Save all lanes when it is time to, else those that were evaluated since they were."""
+        places, checkpoints = self.places, self.engine.checkpoints
         if checkpoints.due:
             self.steps.read_losses()
             checkpoints.save_all(places.everyone, places.state_of)
         else:
-            checkpoints.save(due, places.state_of)
+            further = [lane for lane in places.everyone if lane.evaluated > lane.saved[1]]
+            checkpoints.save(further, places.state_of)
 
     def _save_before_stopping(self) -> None:
         """Save all lanes as they are, unless the stop came while they changed."""
@@ -281,7 +312,8 @@ class PackRun:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                # Some of those who are told may know the epoch by now: it can't be told again.
+                # Some of those who are told may know the epoch by now, so it can't be told again;
+                # and the adapter that they take for kept isn't.
                 lane.end(TrialState.FAILED, needs_too_much(plan), traceback.format_exc())
                 places.whole = True
                 continue
@@ -300,12 +332,18 @@ class PackRun:
         verdict = self.reporter.evaluated(evaluation)
         with self.places.changing():
             if verdict.keep:
-                write_values(lane.adapter, values)
-                save_adapter(lane.adapter, lane.plan.adapter_folder)
+                if lack_in(lambda: _keep(lane, values)) is not None:
+                    self._let_go()
+                    _keep(lane, values)
                 lane.kept = evaluation.epoch
             lane.told.append(evaluation)
             lane.evaluated = evaluation.epoch
         return verdict
+
+
+def _keep(lane: Lane, values: Mapping[str, torch.Tensor]) -> None:
+    write_values(lane.adapter, values)
+    save_adapter(lane.adapter, lane.plan.adapter_folder)
 
 
 def _lanes(number: int) -> str:

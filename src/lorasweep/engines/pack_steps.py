@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ class PackSteps:
 
         Where memory runs out on the way, no lane has changed.
         """
+        began = time.perf_counter()
         engine, lanes = self._engine, self._places.lanes
         batches = engine.passes.lay_out(
             engine.train,
@@ -73,6 +75,10 @@ class PackSteps:
             losses[batch.lanes.start : batch.lanes.stop] += part
         engine.use.count(batches, len(lanes), self._places.idle)
         self._finish(losses)
+        reports = self.note_losses(engine.lag)
+        engine.use.step_seconds += time.perf_counter() - began
+        for report in reports:
+            self._reporter.stepped(report)
 
     def _forth_and_back(self, batch: PackedBatch) -> torch.Tensor:
         """Leave gradients at the parameters of a batch's lanes, and return their losses."""
@@ -106,15 +112,10 @@ class PackSteps:
                 lane.progress.step += 1
             made = [(lane, step.step, step.rate) for lane, step in zip(lanes, steps, strict=True)]
             self.unread.append(MadeStep(tuple(made), values))
-        self.read_losses(self._engine.lag)
 
-    def read_losses(self, but: int = 0) -> None:
-        """Do :meth:`note_losses`, and report them.
-
-        Args:
-            but: So many of the latest steps may wait.
-        """
-        for report in self.note_losses(but):
+    def read_losses(self) -> None:
+        """Note all losses, and report them."""
+        for report in self.note_losses():
             self._reporter.stepped(report)
 
     def note_losses(self, but: int = 0) -> list[StepReport]:

@@ -93,16 +93,24 @@ class Progress:
         return self._batches[at]
 
 
-def lanes_that_fit(free: int, per_lane: int, most: int, share: float = 0.6) -> int:
+# Of the free bytes that a pack may take.
+_SHARE = 0.6
+
+
+def lanes_that_fit(free: int, per_lane: int, most: int) -> int:
     """Number of lanes for the memory at hand, at least one.
 
     Args:
         free: Bytes that are free with the base loaded.
         per_lane: Bytes that one more lane takes at its longest batch.
         most: Beyond this, more lanes are no faster.
-        share: Of the free bytes that the pack may take.
     """
-    return max(1, min(most, int(free * share) // max(1, per_lane)))
+    return max(1, min(most, int(free * _SHARE) // max(1, per_lane)))
+
+
+def lanes_fit(free: int, per_lane: int, lanes: int) -> bool:
+    """Whether so many lanes, one included, have the memory that :func:`lanes_that_fit` wants."""
+    return lanes * per_lane <= int(free * _SHARE)
 
 
 def length_batches(split: EncodedSplit, rows: int) -> list[NDArray[np.int64]]:

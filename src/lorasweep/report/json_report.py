@@ -253,6 +253,7 @@ def _engine(findings: Findings) -> list[dict[str, Any]]:
         | {
             "trials_at_once": use.trials_at_once,
             "busy_share": use.busy_share,
+            "step_time_share": use.step_time_share,
             "real_token_share": use.real_share,
         }
         for use in findings.sweep.engine_uses

@@ -43,6 +43,11 @@ class Owner:
         return cls(socket.gethostname(), pid, psutil.Process(pid).create_time())
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the process is known to be there; False for one on another machine."""
+        return self.host == socket.gethostname() and not self.is_dead
+
+    @property
     def is_dead(self) -> bool:
         """Whether the process is known to be gone; False for one on another machine."""
         if self.host != socket.gethostname():

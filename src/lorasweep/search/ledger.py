@@ -126,15 +126,18 @@ class Ledger:
     def abandoned(self, now: float) -> dict[int, str]:
         """Trials that count as running and that nobody works on: why that is known, by number.
 
+        A process that is there may be silent: its trial may wait for memory, or for its time.
+
         Args:
             now: Seconds since the epoch.
         """
-        whys = {
-            trial.number: Lease.from_json(trial.user_attrs.get(LEASE)).why_over(now)
-            for trial in self._trials()
-            if not trial.state.is_finished()
-        }
-        return {number: why for number, why in whys.items() if why}
+        found = {}
+        for trial in self._trials():
+            lease = Lease.from_json(trial.user_attrs.get(LEASE))
+            over = "" if lease.owner.is_alive else lease.why_over(now)
+            if over and not trial.state.is_finished():
+                found[trial.number] = over
+        return found
 
     def best(self) -> TrialRecord | None:
         """The completed trial of the highest score; of equal ones the one whose turn came first.

@@ -193,11 +193,11 @@ class RunningTrials(Ledger):
         """
         ended = []
         with self._exclusive():
-            whys = self.abandoned(self._clock())
             for trial in self._trials():
                 if trial.state.is_finished():
                     continue
-                why = whys.get(trial.number, "")
+                lease = Lease.from_json(trial.user_attrs.get(ledger.LEASE))
+                why = lease.why_over(self._clock())
                 if alone and not why and trial.number not in self._leases:
                     why = "its process is gone"
                 if why and self._end(trial.number, TrialState.INTERRUPTED, why):

@@ -69,6 +69,7 @@ def metrics(use: EngineUse) -> dict[str, float]:
         "engine/lanes": use.lanes,
         "engine/trials_at_once": use.trials_at_once,
         "engine/busy_share": use.busy_share,
+        "engine/step_time_share": use.step_time_share,
         "engine/real_token_share": use.real_share,
         "engine/halvings": use.halvings,
         "engine/bytes_per_lane": use.bytes_per_lane,
@@ -79,12 +80,15 @@ def metrics(use: EngineUse) -> dict[str, float]:
 def sentence(use: EngineUse) -> str:
     """What a pack did, for people; empty where there was none."""
     at_once, busy, real = use.trials_at_once, use.busy_share, use.real_share
+    stepping = use.step_time_share
     if at_once is None or busy is None or real is None:
         return ""
     told = (
         f"The pack trained {at_once:.1f} trials at a time; {busy:.0%} of its places were busy "
         f"while trials remained; {real:.0%} of the tokens computed were real"
     )
+    if stepping is not None:
+        told += f"; {stepping:.0%} of the time went into steps"
     if use.bytes_per_lane is not None:
         told += f"; one more lane would take about {in_mebibytes(use.bytes_per_lane)}"
     if use.halvings:

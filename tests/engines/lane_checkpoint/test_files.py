@@ -15,7 +15,7 @@ from small_disk import room_for
 from stopped_packs import NEIGHBOURS, NEVER, STEPS, assert_same, at, but_the_second, cut, run
 
 from lorasweep.core.errors import StorageError
-from lorasweep.core.outcomes import Outcome, StepReport, TrialState
+from lorasweep.core.outcomes import Outcome, StepReport, TrialState, Verdict
 from lorasweep.core.plans import AdapterPlan, EngineSettings
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_checkpoint import hand_over
@@ -88,6 +88,29 @@ def test_what_was_half_done_is_not_saved(place, engine, plans, straight, monkeyp
         cut(made, plans, lambda told: False)
     resumed = run(engine(), plans)
     assert {n: facts.resumed_step for n, facts in resumed.facts.items()} == {1: 4, 2: 6, 3: 4}
+    for plan in plans:
+        assert_same(straight, resumed, plan.number, NEIGHBOURS)
+
+
+@pytest.mark.parametrize("last_word", [True, False], ids=["go on", "stop"])
+def test_who_is_stopped_between_its_last_epoch_and_its_outcome_trains_no_further(
+    last_word, engine, plans, straight, monkeypatch
+):
+    """Nor is it pruned: after the last epoch there is nothing left to give up."""
+
+    def verdict(evaluation):
+        found = but_the_second(evaluation)
+        last = evaluation.epoch == evaluation.epochs
+        return Verdict(found.keep, last_word) if last else found
+
+    def stopped(self, state, *words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "end", stopped)
+        cut(engine(), plans, lambda told: False)
+    resumed = run(engine(), plans, Recorder(verdict))
+    assert {n: facts.resumed_step for n, facts in resumed.facts.items()} == {1: 12, 2: 12, 3: 12}
     for plan in plans:
         assert_same(straight, resumed, plan.number, NEIGHBOURS)
 
