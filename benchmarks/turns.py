@@ -28,7 +28,7 @@ from resumption import Earlier, OtherWorkError, earlier
 from lorasweep.tracking.environment import describe
 
 _RESULTS = Path(__file__).parent / "results"
-_SAID = ("OMP_NUM_THREADS", "LORASWEEP_KERNELS")
+_SAID = ("OMP_NUM_THREADS", "LORASWEEP_KERNELS", "LD_PRELOAD", "GLIBC_TUNABLES")
 
 
 @dataclass(frozen=True)
