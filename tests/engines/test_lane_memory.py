@@ -226,5 +226,8 @@ def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, ma
     assert 1 < use.trials_at_once <= 2
     assert use.busy_share == 1.0
     assert 0.9 < use.real_share <= 1.0
+    assert 0 < use.step_time_share < 1
+    packed.lag = 1  # as on an accelerator, whose steps the host doesn't wait for
+    assert use_of(packed, "packed, 2 lanes", 4).step_time_share is None
     alone = use_of(TrainerEngine(open_tiny("bert"), *splits, SETTINGS), "trainer", 4)
     assert (alone.lanes, alone.trials, alone.real_share, alone.bytes_per_lane) == (1, 4, None, None)

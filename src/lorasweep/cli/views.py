@@ -160,11 +160,10 @@ class LiveView(View):
         best = self._best.number if self._best else None
         # A terminal shows so many rows; the running and the latest trials matter most.
         room = max(5, self._console.height - 6)
-        latest = sorted(self._rows.values(), key=lambda row: (not row.state.is_final, row.number))[
-            -room:
-        ]
-        table = _table(sorted(latest, key=lambda row: row.number), best, self._started.objective)
-        hidden = len(self._rows) - len(latest)
+        rows = sorted(self._rows.values(), key=lambda row: (not row.state.is_final, row.number))
+        shown = sorted(rows[-room:], key=lambda row: row.number)
+        table = _table(shown, best, self._started.objective)
+        hidden = len(rows) - len(shown)
         return Group(table, Text(self._footer(hidden), style="dim"))
 
     def _footer(self, hidden: int) -> str:

@@ -45,7 +45,7 @@ class HostPressure:
         """
         if self._engine.device.type != "cpu" or not lanes:
             return False
-        # A lane that may come in must find room; beside one that is to be alone, none may.
+        # Without room for one lane more, several are too many; a lane alone needs only its own.
         more = max(lanes - self._held, 1 if lanes > 1 else 0)
         if self._has_room(more):
             self._held = max(self._held, lanes)

@@ -135,6 +135,27 @@ def test_the_checkpoint_outlives_the_outcome_until_it_was_taken(engine, plans):
     assert not [plan for plan in plans if plan.checkpoint.exists()]
 
 
+def test_a_checkpoint_that_finds_no_memory_costs_no_trial_and_is_written_later(
+    engine, plans, straight, monkeypatch, caplog
+):
+    made = engine(checkpoint_seconds=0)  # one after every step
+    save, calls = made.checkpoints.save, []
+
+    def tight(lanes, state_of):
+        calls.append([lane.mark for lane in lanes])
+        if len(calls) in (3, 4):
+            raise MemoryError
+        save(lanes, state_of)
+
+    monkeypatch.setattr(made.checkpoints, "save", tight)
+    found = run(made, plans)
+    assert caplog.text.count("trials keep their older checkpoints for now") == 2
+    assert made.use.halved == 0
+    assert [marks[0][0] for marks in calls[:6]] == [1, 2, 3, 4, 4, 5]  # epoch 1 is step 4
+    for plan in plans:
+        assert_same(straight, found, plan.number, 0.0)
+
+
 def test_a_full_disk_stops_the_sweep_with_a_sentence(engine, plans):
     cut(engine(), plans, at(StepReport, 1, 5))
     before = plans[0].checkpoint.read_bytes()
