@@ -1,4 +1,4 @@
-"""Train a pack in less address space than all its lanes need, and print how that went.
+"""Train a pack in less memory than all its lanes need, and print how that went.
 
 A script of its own, since the limit is the whole process's: ``python tight_memory.py FOLDER``.
 """
@@ -62,9 +62,10 @@ def main(folder: Path) -> None:
     engine = PackedEngine(base, split_of(32, 128), split_of(8, 64), settings, LANES)
     room = int(ROOM * (engine.measure_lane() or 0))
     engine.use.bytes_per_lane = None  # or it would be halved before memory runs out
-    taken = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    # What the process may write to and shares with nobody; addresses alone are no memory.
+    taken = Path("/proc/self/statm").read_text(encoding="ascii").split()[5]
     limit = int(taken) * resource.getpagesize() + room
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     outcomes = list(engine.run([plan(n, folder) for n in range(LANES)], Silent()))
     print(
         json.dumps(

@@ -46,6 +46,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
     from lorasweep.model.kernels import why_no_kernels
     from lorasweep.model.precision import pick_device, resolve
+    from lorasweep.model.step_memory import why_no_step_memory
     from lorasweep.tracking.environment import describe
 
     environment = describe()
@@ -66,6 +67,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "bf16", "multiplied natively" if native else "not native; training uses fp32"
     missing = why_no_kernels()
     yield "kernels", "compiled for this processor" if missing is None else f"none: {missing}"
+    missing = why_no_step_memory()
+    yield "allocator", "compiled for this torch" if missing is None else f"torch's own: {missing}"
     yield "disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here"
 
 

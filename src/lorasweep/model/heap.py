@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 
+from lorasweep.model.step_memory import step_memory
+
 # glibc's names for what mallopt sets (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -2, -3, -8
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
@@ -12,12 +14,15 @@ _TOP = 256 << 20
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give freed memory back to the kernel between steps; else do nothing.
+    """Don't give freed memory back to the kernel between steps, where that can be helped.
 
     A training step on a CPU frees some hundred megabytes and asks for them again at once.
     By default glibc returns them, and the kernel clears every page anew
-    (docs/performance.md says what that took). The process keeps its largest step's memory instead.
+    (docs/performance.md says what that took). The process keeps its largest step's memory instead:
+    tensors in :mod:`lorasweep.model.step_memory`; what else is allocated, and tensors where
+    that isn't there, in glibc's heap.
     """
+    step_memory()
     if (libc := _glibc()) is None:
         return
     libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
@@ -29,6 +34,8 @@ def keep_freed_memory() -> None:
 
 def give_freed_memory_back() -> None:
     """Return to the kernel what was kept and isn't used: memory ran out."""
+    if (kept := step_memory()) is not None:
+        kept.give_back()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -1,7 +1,7 @@
-"""Compile ``csrc/`` for the processor at hand, once, and keep the result in the cache.
+"""Compile ``csrc/`` for the machine at hand, once, and keep the result in the cache.
 
-A plain C compiler is all it takes (a second or two). Where there is none, or it fails, the
-packed engine does the same with torch's own operations and says so in its log.
+Plain C and C++ compilers are all it takes (a second or two each). Where there is none, or it
+fails, the packed engine does without and says so in its log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 _SOURCES = Path(__file__).with_name("csrc")
 # No -ffast-math: it would let the compiler assume that there are no NaNs.
@@ -20,7 +23,8 @@ _FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-mprefer-vector-width=512"),
     *("-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"),
 )
-# Set to 0 to do without compiled kernels.
+_CPP_FLAGS = ("-std=gnu++20", "-O2", "-shared", "-fPIC")
+# Set to 0 to do without whatever is compiled.
 SWITCH = "LORASWEEP_KERNELS"
 
 
@@ -29,40 +33,64 @@ class KernelBuildError(Exception):
 
 
 def built_kernels() -> Path:
-    """Return the compiled library, from the cache where it was compiled before.
+    """Return the compiled loops, from the cache where they were compiled before.
 
     Raises:
         KernelBuildError: Switched off, no compiler, or the compiler failed.
     """
+    _refuse_where_untried()
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise KernelBuildError("there is no C compiler (cc) on the PATH")
+    return _built("kernels.c", compiler, [*_FLAGS, "-lm"])
+
+
+def built_step_memory() -> Path:
+    """Return the compiled allocator, from the cache where it was compiled for this torch before.
+
+    Raises:
+        KernelBuildError: Switched off, no compiler, or the compiler failed.
+    """
+    _refuse_where_untried()
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise KernelBuildError("there is no C++ compiler (c++) on the PATH")
+    of_torch = Path(torch.__file__).parent
+    words = [*_CPP_FLAGS, f"-I{of_torch / 'include'}", f"-L{of_torch / 'lib'}", "-lc10"]
+    return _built("step_memory.cpp", compiler, words)
+
+
+def _refuse_where_untried() -> None:
     if os.environ.get(SWITCH, "1") == "0":
         raise KernelBuildError(f"{SWITCH}=0 switches them off")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise KernelBuildError(f"not tried on {platform.system()} {platform.machine()}")
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise KernelBuildError("there is no C compiler (cc) on the PATH")
+
+
+def _built(source: str, compiler: str, words: Sequence[str]) -> Path:
     folder = _cache_folder()
-    library = folder / f"kernels-{_identity(compiler)}.so"
+    library = folder / f"{Path(source).stem}-{_identity(compiler, words)}.so"
     if not library.is_file():
-        _compile(compiler, library)
+        _compile(source, compiler, words, library)
     return library
 
 
-def _identity(compiler: str) -> str:
+def _identity(compiler: str, words: Sequence[str]) -> str:
     """Name what the result depends on: a home folder may be shared by unlike machines."""
     version = _said([compiler, "--version"])
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = next((line for line in processor.splitlines() if line.startswith("flags")), "")
     sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
-    parts = [*sources, version, flags, *_FLAGS]
+    parts = [*sources, version, flags, torch.__version__, *words]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(source: str, compiler: str, words: Sequence[str], library: Path) -> None:
     # Next to its place, then renamed: two sweeps may start at once.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
-        _said([compiler, *_FLAGS, "-o", str(made), str(_SOURCES / "kernels.c"), "-lm"])
+        # What it links to comes after the source that wants it.
+        _said([compiler, str(_SOURCES / source), "-o", str(made), *words])
         made.replace(library)
 
 

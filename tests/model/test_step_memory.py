@@ -1,0 +1,277 @@
+"""The allocator of CPU tensors: what it serves, how it shares out, what it gives back."""
+
+import ctypes
+import gc
+import itertools
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from lorasweep.model import kernel_build
+from lorasweep.model import step_memory as module
+from lorasweep.model.heap import give_freed_memory_back, keep_freed_memory
+from lorasweep.model.kernel_build import KernelBuildError, built_step_memory
+from lorasweep.model.step_memory import StepMemory, step_memory
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def memory() -> StepMemory:
+    found = step_memory()
+    assert found is not None, module.why_no_step_memory()
+    gc.collect()
+    return found
+
+
+def blank(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's whole pages that lie in memory, as the kernel counts them."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    pages = tensor.nbytes // page
+    flags = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(pages * page), flags):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return page * sum(flag & 1 for flag in flags)
+
+
+def test_large_tensors_are_its_and_small_ones_are_torchs(memory):
+    before = memory.taken
+    small = blank(memory.least - 1)
+    assert memory.taken == before
+    large = blank(memory.least)
+    assert memory.taken == before + memory.least
+    odd = blank(memory.least + 1)
+    assert memory.taken == before + 2 * memory.least + os.sysconf("SC_PAGE_SIZE")
+    del small, large, odd
+    assert memory.taken == before
+
+
+def test_tensors_start_where_wide_vectors_want_them(memory):
+    kept = [blank(memory.least + 77 * n) for n in range(20)]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in kept)
+
+
+def test_the_peak_is_that_since_it_was_last_asked(memory):
+    memory.peak()
+    before = memory.taken
+    some = blank(8 * MIB)
+    del some
+    assert memory.peak() == before + 8 * MIB
+    assert memory.peak() == before
+
+
+def test_what_many_sizes_leave_serves_others(memory):
+    """Freed neighbours grow together, so pieces of ever other sizes need no more room."""
+    draw = random.Random(0)
+
+    def step() -> None:
+        kept = [blank(draw.randrange(memory.least, 4 * MIB)) for _ in range(60)]
+        draw.shuffle(kept)
+        while kept:
+            kept.pop()
+
+    for _ in range(5):
+        step()
+    give_freed_memory_back()
+    grown = memory.grown
+    for _ in range(100):
+        step()
+    assert memory.grown <= grown + 64 * MIB
+    whole = blank(100 * MIB)  # none of the pieces was as large
+    assert memory.grown <= grown + 64 * MIB
+    del whole
+
+
+def test_no_two_tensors_share_a_byte_whatever_comes_and_goes(memory):
+    draw = random.Random(1)
+    kept: list[torch.Tensor] = []
+    for number in range(3000):
+        if kept and draw.random() < 0.5:
+            tensor = kept.pop(draw.randrange(len(kept)))
+            assert (tensor == tensor[0]).all()
+        else:
+            size = draw.choice([100, memory.least, 20_001, 200_000, 1_000_003])
+            kept.append(blank(size).fill_(number % 251))
+    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in kept)
+    assert all(at + size <= other for (at, size), (other, _) in itertools.pairwise(places))
+    assert all((tensor == tensor[0]).all() for tensor in kept)
+
+
+def test_threads_may_all_allocate_at_once(memory):
+    before, wrong = memory.taken, []
+
+    def work(number: int) -> None:
+        draw = random.Random(number)
+        kept: list[torch.Tensor] = []
+        for _ in range(500):
+            kept.append(blank(draw.randrange(memory.least, MIB)).fill_(number))
+            if len(kept) > 5 and not (kept.pop(0) == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not wrong
+    assert memory.taken == before
+
+
+def test_freed_memory_stays_until_it_is_wanted_back(memory):
+    first = blank(40 * MIB).fill_(1)
+    fence = blank(memory.least)  # or what is freed would grow into the rest
+    assert resident(first) == first.nbytes
+    at = first.data_ptr()
+    del first
+    again = blank(40 * MIB)
+    if again.data_ptr() == at:  # nothing smaller that fits lay free
+        assert resident(again) == again.nbytes
+    del again
+    kept = blank(MIB).fill_(7)
+    give_freed_memory_back()
+    assert (kept == 7).all()
+    late = blank(40 * MIB)
+    # A page of its neighbours may be shared in large pages.
+    assert resident(late) <= 4 * MIB
+    assert (late == 0).all()  # as fresh pages are
+    del fence
+
+
+def test_tensors_of_torchs_own_allocator_may_be_freed_after_it_came(tmp_path):
+    """And storage may grow, oneDNN's buffers go back, and a child may allocate after a fork."""
+    script = """
+import os, sys, torch
+from lorasweep.model.step_memory import step_memory
+early = [torch.randn(1000, 1000) for _ in range(3)]
+weight = torch.randn(512, 512, dtype=torch.bfloat16)
+product = torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
+memory = step_memory()
+assert memory is not None
+early[0].resize_(2000, 1000)
+assert early[0].untyped_storage().nbytes() == 8_000_000
+del early
+again = torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
+with torch.profiler.profile(profile_memory=True) as seen:
+    large = torch.empty(10 << 20, dtype=torch.uint8)
+assert max(event.self_cpu_memory_usage for event in seen.events()) == 10 << 20
+child = os.fork()
+if child == 0:
+    ok = bool((torch.ones(4 << 20) == 1).all()) and memory.taken > 0
+    os._exit(0 if ok else 1)
+assert os.waitpid(child, 0)[1] == 0
+copied = large.fill_(3).clone()
+del large
+assert (copied == 3).all()
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("done", 0), done.stderr
+
+
+def test_arrays_keep_what_they_share_with_a_tensor(memory):
+    before = memory.taken
+    array = torch.full((MIB,), 5, dtype=torch.uint8).numpy()
+    gc.collect()
+    assert memory.taken == before + MIB
+    assert (array == 5).all()
+    assert (torch.from_numpy(np.zeros(MIB)) == 0).all()
+    del array
+    gc.collect()
+    assert memory.taken == before
+
+
+def test_where_the_system_grants_no_more_torch_says_so(tmp_path):
+    script = """
+import resource, torch
+from lorasweep.model.step_memory import step_memory
+memory = step_memory()
+assert memory is not None
+kept = torch.ones(1 << 20)
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (taken + (300 << 20),) * 2)
+for _ in range(3):
+    try:
+        torch.empty(2 << 30, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert "can't allocate memory" in str(error), error
+    else:
+        raise AssertionError("two GiB were found")
+    assert (torch.ones(1 << 20) + kept == 2).all()
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("done", 0), done.stderr
+
+
+def test_without_addresses_to_spare_torchs_own_goes_on(tmp_path):
+    script = """
+import resource, torch
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from lorasweep.model.heap import give_freed_memory_back, keep_freed_memory
+from lorasweep.model.step_memory import step_memory, why_no_step_memory
+keep_freed_memory()
+assert step_memory() is None
+assert (torch.ones(1 << 20) == 1).all()
+give_freed_memory_back()
+print(why_no_step_memory())
+"""
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 4 << 30:
+        pytest.fail("the machine is too small to leave out what it has")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ulimit -v" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"LORASWEEP_KERNELS": "0"}, "LORASWEEP_KERNELS=0 switches them off"),
+        ({"CXX": "", "PATH": ""}, "no C\\+\\+ compiler"),
+        ({"CXX": "false"}, "failed"),
+    ],
+)
+def test_without_a_compiler_there_is_a_reason(environment, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KernelBuildError, match=said):
+        built_step_memory()
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        found = module._installed.__wrapped__()
+    assert isinstance(found, str)
+    assert found in caplog.text
+
+
+def test_another_torch_is_another_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = built_step_memory()
+    assert built_step_memory() == first
+    monkeypatch.setattr(kernel_build.torch, "__version__", "2.99.0")
+    assert built_step_memory() != first
+
+
+def test_a_pack_asks_for_it(memory, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lorasweep.model.heap.step_memory", lambda: asked.append(1))
+    keep_freed_memory()
+    assert asked
