@@ -2,7 +2,8 @@
 
 A grouped product multiplies each lane's rows with that lane's own matrix in one call, without
 padding and without a copy; rows of different lanes never meet in a sum, so a NaN in one lane stays
-there. Where torch has no kernel for it, lanes are padded to the longest and multiplied as a batch.
+there. In bfloat16 on a CPU that has it, our own loop does it; else torch's kernel; and where there
+is neither, lanes are padded to the longest and multiplied as a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.torch_errors import first_line, is_out_of_memory
 
@@ -24,20 +26,36 @@ _log = logging.getLogger(__name__)
 _WITH_KERNEL = frozenset({(9, 0), (10, 0)})
 
 
-def grouped_product(x: Tensor, matrices: Tensor, spans: LaneSpans) -> Tensor:
+def grouped_product(
+    x: Tensor,
+    matrices: Tensor,
+    spans: LaneSpans,
+    *,
+    scaling: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
     """Multiply each lane's rows with its own matrix.
 
     Args:
         x: ``(rows, in)``, lane after lane.
         matrices: ``(lanes, in, out)``.
         spans: Whose each row is.
+        scaling: What each row of the result is multiplied with, ``(rows, 1)``; None for 1.
+        onto: What the result is added to, in place, ``(rows, out)``; None for nothing.
 
     Returns:
-        ``(rows, out)``.
+        ``(rows, out)``; ``onto`` where there is one.
     """
+    kernels = kernels_for(x)
+    if kernels is not None and kernels.multiplies(x, matrices):
+        return kernels.product(x, matrices, spans.ends, scaling, onto)
     if _grouped_kernel(x, matrices):
-        return F.grouped_mm(x, matrices, offs=spans.ends)
-    return _padded_product(x, matrices, spans)
+        product = F.grouped_mm(x, matrices, offs=spans.ends)
+    else:
+        product = _padded_product(x, matrices, spans)
+    if scaling is not None:
+        product = product.mul_(scaling)
+    return product if onto is None else onto.add_(product)
 
 
 def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
@@ -49,8 +67,13 @@ def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
         spans: Whose each row is.
 
     Returns:
-        ``(lanes, n, m)``; zero for a lane without rows.
+        ``(lanes, n, m)``, in the operands' type or float32; zero for a lane without rows.
     """
+    kernels = kernels_for(left)
+    if kernels is not None and kernels.sums(left, right):
+        if left.shape[1] <= right.shape[1]:
+            return kernels.outer(left, right, spans.ends)
+        return kernels.outer(right, left, spans.ends).transpose(1, 2)
     if _grouped_kernel(left, right):
         return F.grouped_mm(left.t(), right, offs=spans.ends)
     return _padded_outer(left, right, spans)

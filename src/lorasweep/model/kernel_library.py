@@ -37,6 +37,39 @@ class _Attending(ctypes.Structure):
     ]
 
 
+class _Lanes(ctypes.Structure):
+    _fields_ = [("lanes", c_int64), ("ends", c_void_p)]
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = [("at", c_void_p), ("lane", c_int64), ("row", c_int64), ("column", c_int64)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("out", c_void_p),
+        ("out_row", c_int64),
+        ("x", c_void_p),
+        ("x_row", c_int64),
+        ("scale", c_void_p),
+        ("add", c_int),
+        ("depth", c_int64),
+        ("columns", c_int64),
+    ]
+
+
+class _Outer(ctypes.Structure):
+    _fields_ = [
+        ("out", c_void_p),
+        ("left", c_void_p),
+        ("left_row", c_int64),
+        ("narrow", c_int64),
+        ("right", c_void_p),
+        ("right_row", c_int64),
+        ("wide", c_int64),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlaces:
     """Where rows lie among tokens, and who asks; int64, ``(rows,)`` each, on the CPU.
@@ -82,6 +115,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
+        self._multiplies = bool(self._library.lane_products_there())
 
     def drop(
         self, x: Tensor, streams: Tensor, key: int, rate: int | Tensor, scale: float, out: Tensor
@@ -148,6 +182,93 @@ class Kernels:
         arrays = (of_query, of_key, of_value, grad.contiguous(), sums)
         self._attend("attend_backward", arrays, query, key, value, rows, how)
         return of_query, of_key, of_value
+
+    def multiplies(self, x: Tensor, matrices: Tensor) -> bool:
+        """Whether :meth:`product` takes such operands, on such a processor."""
+        return (
+            self.sums(x)
+            and matrices.dtype == torch.bfloat16
+            and 1 in matrices.stride()[1:]
+            and x.shape[1] % 2 == 0
+        )
+
+    def sums(self, *operands: Tensor) -> bool:
+        """Whether :meth:`outer` takes such operands, on such a processor."""
+        return self._multiplies and all(
+            x.dtype == torch.bfloat16 and x.stride(1) == 1 for x in operands
+        )
+
+    def product(
+        self,
+        x: Tensor,
+        matrices: Tensor,
+        ends: Tensor,
+        scaling: Tensor | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        """Multiply each lane's rows with its own matrix.
+
+        Args:
+            x: bfloat16, ``(rows, in)``, an even number of columns side by side.
+            matrices: bfloat16, ``(lanes, in, out)``; rows or columns lie side by side.
+            ends: One past each lane's last row, int32, ``(lanes,)``.
+            scaling: Of each row of the result, ``(rows, 1)``; None for none.
+            onto: What the result is added to in place, columns side by side; None for nothing.
+
+        Returns:
+            bfloat16, ``(rows, out)``.
+        """
+        out = x.new_empty(len(x), matrices.shape[2]) if onto is None else onto
+        scale = None if scaling is None else scaling.float().contiguous()
+        wanted = _Product(
+            _at(out),
+            out.stride(0),
+            _at(x),
+            x.stride(0),
+            _at(scale),
+            onto is not None,
+            *matrices.shape[1:],
+        )
+        weights = _Matrices(_at(matrices), *matrices.stride())
+        done = self._library.lane_product_bf16(
+            ctypes.byref(wanted),
+            ctypes.byref(weights),
+            ctypes.byref(_Lanes(len(ends), _at(ends))),
+            c_int(torch.get_num_threads()),
+        )
+        if not done:
+            raise MemoryError(f"no memory to multiply by {tuple(matrices.shape)}")
+        return out
+
+    def outer(self, narrow: Tensor, wide: Tensor, ends: Tensor) -> Tensor:
+        """Sum each lane's outer products.
+
+        Args:
+            narrow: bfloat16, ``(rows, n)``, columns side by side.
+            wide: bfloat16, ``(rows, m)``, columns side by side.
+            ends: As above.
+
+        Returns:
+            float32, ``(lanes, n, m)``.
+        """
+        out = torch.empty(len(ends), narrow.shape[1], wide.shape[1])
+        wanted = _Outer(
+            _at(out),
+            _at(narrow),
+            narrow.stride(0),
+            narrow.shape[1],
+            _at(wide),
+            wide.stride(0),
+            wide.shape[1],
+        )
+        done = self._library.lane_outer_bf16(
+            ctypes.byref(wanted),
+            ctypes.byref(_Lanes(len(ends), _at(ends))),
+            c_int(torch.get_num_threads()),
+        )
+        if not done:
+            raise MemoryError(f"no memory for sums over {len(narrow)} rows")
+        return out
 
     def _attend(
         self,

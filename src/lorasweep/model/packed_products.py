@@ -38,10 +38,10 @@ class AdaptedLinear(torch.autograd.Function):
         spans: LaneSpans,
     ) -> Tensor:
         dropped = x if mask is None else mask.applied(x)
-        narrow = grouped_product(dropped, down.to(x.dtype).transpose(1, 2), spans)
-        narrow = narrow.mul_(scaling)
+        of_rank = down.to(x.dtype).transpose(1, 2)
+        narrow = grouped_product(dropped, of_rank, spans, scaling=scaling)
         y = F.linear(x, weight, bias)
-        y += grouped_product(narrow, up.to(x.dtype).transpose(1, 2), spans)
+        grouped_product(narrow, up.to(x.dtype).transpose(1, 2), spans, onto=y)
         ctx.save_for_backward(x, down, up, weight, scaling, narrow)
         ctx.mask, ctx.spans = mask, spans
         return y
@@ -53,7 +53,7 @@ class AdaptedLinear(torch.autograd.Function):
         mask: Mask | None = ctx.mask
         spans: LaneSpans = ctx.spans
         grad_up = grouped_outer(grad, narrow, spans).to(up.dtype)
-        grad_narrow = grouped_product(grad, up.to(grad.dtype), spans).mul_(scaling)
+        grad_narrow = grouped_product(grad, up.to(grad.dtype), spans, scaling=scaling)
         dropped = x if mask is None else mask.applied(x)
         grad_down = grouped_outer(grad_narrow, dropped, spans).to(down.dtype)
         grad_x = None

@@ -10,6 +10,7 @@
 #include "numbers.h"
 
 #include "attention_rows.h"
+#include "lane_products.h"
 
 /* Once for each type of activations. */
 #define SCALAR float

@@ -1,0 +1,180 @@
+"""Products of each lane's rows in bfloat16: compiled where the processor multiplies bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorasweep.model import grouped_products, kernel_build
+from lorasweep.model.grouped_products import grouped_outer, grouped_product
+from lorasweep.model.kernel_build import built_kernels
+from lorasweep.model.kernel_library import Kernels
+from lorasweep.model.kernels import loaded_kernels
+from lorasweep.model.lane_spans import LaneSpans
+
+ROWS = (9, 0, 1, 600, 16, 7)  # of each lane: 600 are more than one thread takes at once
+BF16 = torch.bfloat16
+# A sum is rounded to 8 bits once, and once more where the result is scaled or added to.
+TOLERANCE = 3 * 2**-8
+
+
+def spans_of(rows: tuple[int, ...]) -> LaneSpans:
+    counts = torch.tensor(rows)
+    lane = torch.arange(len(rows)).repeat_interleave(counts)
+    return LaneSpans(counts.cumsum(0).int(), lane, max(rows))
+
+
+SPANS = spans_of(ROWS)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def matrices_of(rows: int, columns: int, transposed: bool, lanes: int = len(ROWS)) -> Tensor:
+    if transposed:
+        return drawn(lanes, columns, rows, seed=1).transpose(1, 2)
+    return drawn(lanes, rows, columns, seed=1)
+
+
+def test_they_are_compiled_where_the_processor_multiplies_bfloat16():
+    kernels = loaded_kernels()
+    assert kernels is not None
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert kernels.sums(drawn(2, 2)) == ("avx512_bf16" in flags)
+    assert not kernels.sums(drawn(2, 2).float())
+    assert not kernels.sums(drawn(2, 4).t())
+    if kernels.sums(drawn(2, 2)):
+        assert kernels.multiplies(drawn(3, 4), drawn(1, 4, 8))
+        assert not kernels.multiplies(drawn(3, 5), drawn(1, 5, 8))
+        assert not kernels.multiplies(drawn(3, 4), drawn(1, 8, 16)[:, ::2, ::2])
+        assert not kernels.multiplies(drawn(3, 4), drawn(1, 4, 8).float())
+
+
+def test_elsewhere_torch_does_it(monkeypatch):
+    flags = (*kernel_build._FLAGS, "-mno-avx512bf16")
+    monkeypatch.setattr(kernel_build, "_FLAGS", flags)
+    plain = Kernels(built_kernels())
+    assert not plain.sums(drawn(2, 2))
+    assert not plain.multiplies(drawn(2, 2), drawn(1, 2, 2))
+    monkeypatch.setattr(grouped_products, "kernels_for", lambda _: plain)
+    called = []
+    monkeypatch.setattr(F, "grouped_mm", lambda *_, **__: called.append(1) or drawn(633, 32))
+    grouped_product(drawn(633, 384), matrices_of(384, 32, False), SPANS)
+    assert called
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "columns"),
+    [
+        (384, 32),
+        (32, 384),
+        (384, 8),
+        (4, 384),
+        (50, 18),
+        (2, 5),
+        (6, 1),
+        (100, 33),
+        (7, 16),
+        (1, 9),
+    ],
+)
+@pytest.mark.parametrize(("scaled", "added"), [(False, False), (True, False), (True, True)])
+def test_a_product_is_each_lanes_own(inner, columns, transposed, scaled, added):
+    x, matrices = drawn(sum(ROWS), inner), matrices_of(inner, columns, transposed)
+    scaling = torch.linspace(0.5, 2, sum(ROWS)).unsqueeze(1) if scaled else None
+    onto = drawn(sum(ROWS), columns, seed=2) if added else None
+    expected = torch.einsum("ri,rio->ro", x.double(), matrices.double()[SPANS.lane])
+    size = torch.einsum("ri,rio->ro", x.double().abs(), matrices.double().abs()[SPANS.lane])
+    if scaling is not None:
+        expected, size = expected * scaling, size * scaling
+    if onto is not None:
+        expected, size = expected + onto.double(), size + onto.double().abs()
+    found = grouped_product(x, matrices, SPANS, scaling=scaling, onto=onto)
+    assert found.dtype == BF16
+    assert (found is onto) == added
+    assert ((found.double() - expected).abs() <= TOLERANCE * size).all()
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [(32, 384), (384, 32), (4, 384), (8, 8), (18, 50), (33, 100), (1, 5), (3, 2)]
+)
+def test_sums_over_rows_are_each_lanes_own(left, right):
+    x, y = drawn(sum(ROWS), left), drawn(sum(ROWS), right, seed=1)
+    found = grouped_outer(x, y, SPANS)
+    assert found.shape == (len(ROWS), left, right)
+    assert (found[1] == 0).all()
+    for lane in range(len(ROWS)):
+        inside = SPANS.lane == lane
+        a, b = x[inside].double(), y[inside].double()
+        apart = (found[lane].double() - a.T @ b).abs()
+        assert (apart <= TOLERANCE * (a.abs().T @ b.abs())).all()
+
+
+def test_columns_of_a_wider_matrix_are_taken_where_they_lie():
+    wide, matrices = drawn(sum(ROWS), 96), matrices_of(32, 48, False)
+    inside, apart = wide[:, 20:52], wide[:, 20:52].contiguous()
+    assert torch.equal(
+        grouped_product(inside, matrices, SPANS), grouped_product(apart, matrices, SPANS)
+    )
+    assert torch.equal(grouped_outer(inside, apart, SPANS), grouped_outer(apart, inside, SPANS))
+    room = drawn(sum(ROWS), 96, seed=3)
+    kept = room.clone()
+    expected = grouped_product(apart, matrices, SPANS, onto=room[:, 10:58].contiguous())
+    grouped_product(apart, matrices, SPANS, onto=room[:, 10:58])
+    assert torch.equal(room[:, 10:58], expected)
+    assert torch.equal(room[:, :10], kept[:, :10])
+    assert torch.equal(room[:, 58:], kept[:, 58:])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [8, 9, 10, 609, 632])
+def test_what_is_not_a_number_stays_in_its_row_and_its_lane(row, poison):
+    """Also where it is the last of an odd number of rows, or beside another lane's."""
+    x, y, matrices = drawn(sum(ROWS), 32), drawn(sum(ROWS), 50, seed=1), matrices_of(32, 50, True)
+    clean = grouped_product(x, matrices, SPANS), grouped_outer(x, y, SPANS)
+    lane = int(SPANS.lane[row])
+    x[row] = poison
+    product, outer = grouped_product(x, matrices, SPANS), grouped_outer(x, y, SPANS)
+    rows, lanes = torch.arange(sum(ROWS)) != row, torch.arange(len(ROWS)) != lane
+    assert not product[row].isfinite().any()
+    assert torch.equal(product[rows], clean[0][rows])
+    assert not outer[lane].isfinite().any()
+    assert torch.equal(outer[lanes], clean[1][lanes])
+    matrices[lane] = poison
+    spoilt = grouped_product(drawn(sum(ROWS), 32), matrices, SPANS)
+    others = SPANS.lane != lane
+    assert torch.equal(spoilt[others], clean[0][others])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_neighbours_and_threads_change_no_bit(threads, monkeypatch):
+    kernels = loaded_kernels()
+    # Elsewhere torch does it, and rounds by the sizes of all.
+    apart = 0.0 if kernels is not None and kernels.sums(drawn(2, 2)) else 2**-6
+    x, y, matrices = drawn(sum(ROWS), 384), drawn(sum(ROWS), 32, seed=1), matrices_of(384, 32, True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    product, outer = grouped_product(x, matrices, SPANS), grouped_outer(y, x, SPANS)
+    for lane, rows in enumerate(ROWS):
+        inside = SPANS.lane == lane
+        alone = spans_of((rows,))
+        of_lane = grouped_product(x[inside], matrices[lane : lane + 1], alone)
+        sums = grouped_outer(y[inside], x[inside], alone)[0]
+        torch.testing.assert_close(product[inside], of_lane, rtol=apart, atol=apart)
+        torch.testing.assert_close(outer[lane], sums, rtol=apart, atol=apart)
+
+
+def test_a_lack_of_memory_is_an_error(monkeypatch):
+    kernels = Kernels(built_kernels())
+    refusing = SimpleNamespace(lane_product_bf16=lambda *_: 0, lane_outer_bf16=lambda *_: 0)
+    monkeypatch.setattr(kernels, "_library", refusing)
+    with pytest.raises(MemoryError, match=r"no memory to multiply by \(6, 8, 4\)"):
+        kernels.product(drawn(633, 8), matrices_of(8, 4, False), SPANS.ends, None, None)
+    with pytest.raises(MemoryError, match="no memory for sums over 633 rows"):
+        kernels.outer(drawn(633, 4), drawn(633, 8), SPANS.ends)
