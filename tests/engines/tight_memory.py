@@ -20,7 +20,7 @@ from lorasweep.model.base import open_base
 from lorasweep.spec.schema import ModelSpec
 
 LANES = 8
-ROOM = 3.5  # lanes, as they are measured: too little for eight, more than for two
+ROOM = 3  # lanes, as they are measured: too little for eight, more than for two
 
 
 class Silent:

@@ -1,6 +1,5 @@
 """The allocator of CPU tensors: what it serves, how it shares out, what it gives back."""
 
-import ctypes
 import gc
 import itertools
 import logging
@@ -16,7 +15,7 @@ import torch
 
 from lorasweep.model import kernel_build
 from lorasweep.model import step_memory as module
-from lorasweep.model.heap import give_freed_memory_back, keep_freed_memory
+from lorasweep.model.heap import keep_freed_memory
 from lorasweep.model.kernel_build import KernelBuildError, built_step_memory
 from lorasweep.model.step_memory import StepMemory, step_memory
 
@@ -35,15 +34,18 @@ def blank(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def resident(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's whole pages that lie in memory, as the kernel counts them."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    pages = tensor.nbytes // page
-    flags = (ctypes.c_ubyte * pages)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(pages * page), flags):
-        raise OSError(ctypes.get_errno(), "mincore")
-    return page * sum(flag & 1 for flag in flags)
+def done_alone(script: str) -> str:
+    """Run a script in a process of its own, where no other test has been; return what it says."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a forked child can't start OpenMP's again
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_large_tensors_are_its_and_small_ones_are_torchs(memory):
@@ -72,26 +74,35 @@ def test_the_peak_is_that_since_it_was_last_asked(memory):
     assert memory.peak() == before
 
 
-def test_what_many_sizes_leave_serves_others(memory):
+def test_what_many_sizes_leave_serves_others():
     """Freed neighbours grow together, so pieces of ever other sizes need no more room."""
-    draw = random.Random(0)
-
-    def step() -> None:
-        kept = [blank(draw.randrange(memory.least, 4 * MIB)) for _ in range(60)]
-        draw.shuffle(kept)
-        while kept:
-            kept.pop()
-
-    for _ in range(5):
-        step()
-    give_freed_memory_back()
-    grown = memory.grown
-    for _ in range(100):
-        step()
-    assert memory.grown <= grown + 64 * MIB
-    whole = blank(100 * MIB)  # none of the pieces was as large
-    assert memory.grown <= grown + 64 * MIB
-    del whole
+    assert (
+        done_alone(
+            """
+import random, torch
+from lorasweep.model.step_memory import step_memory
+memory, draw = step_memory(), random.Random(0)
+def blank(size):
+    return torch.empty(size, dtype=torch.uint8)
+def step():
+    kept = [blank(draw.randrange(memory.least, 4 << 20)) for _ in range(60)]
+    draw.shuffle(kept)
+    while kept:
+        kept.pop()
+for _ in range(5):
+    step()
+grown = memory.grown
+assert grown < 320 << 20, grown  # a step holds 120 MiB on average
+for _ in range(200):
+    step()
+assert memory.grown == grown
+whole = blank(100 << 20)  # none of the pieces was as large
+assert memory.grown == grown
+print("done")
+"""
+        )
+        == "done"
+    )
 
 
 def test_no_two_tensors_share_a_byte_whatever_comes_and_goes(memory):
@@ -130,57 +141,143 @@ def test_threads_may_all_allocate_at_once(memory):
     assert memory.taken == before
 
 
-def test_freed_memory_stays_until_it_is_wanted_back(memory):
-    first = blank(40 * MIB).fill_(1)
-    fence = blank(memory.least)  # or what is freed would grow into the rest
-    assert resident(first) == first.nbytes
-    at = first.data_ptr()
-    del first
-    again = blank(40 * MIB)
-    if again.data_ptr() == at:  # nothing smaller that fits lay free
-        assert resident(again) == again.nbytes
-    del again
-    kept = blank(MIB).fill_(7)
-    give_freed_memory_back()
-    assert (kept == 7).all()
-    late = blank(40 * MIB)
-    # A page of its neighbours may be shared in large pages.
-    assert resident(late) <= 4 * MIB
-    assert (late == 0).all()  # as fresh pages are
-    del fence
+def test_freed_memory_stays_until_it_is_wanted_back():
+    assert (
+        done_alone(
+            """
+import torch
+from lorasweep.model.heap import give_freed_memory_back
+from lorasweep.model.step_memory import step_memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+memory = step_memory()
+kept = torch.full((1 << 20,), 7, dtype=torch.uint8)
+before = resident()
+first, fence = torch.full((200 << 20,), 1, dtype=torch.uint8), torch.ones(1 << 20)
+assert resident() > before + (190 << 20)
+at = first.data_ptr()
+del first
+assert resident() > before + (190 << 20)
+again = torch.empty(200 << 20, dtype=torch.uint8)
+assert again.data_ptr() == at and (again == 1).all()
+del again
+grown = memory.grown
+give_freed_memory_back()
+assert memory.grown <= grown
+assert resident() < before + (40 << 20)
+late = torch.empty(200 << 20, dtype=torch.uint8)
+assert late.data_ptr() == at
+assert (late == 0).all()  # as fresh pages are
+assert (kept == 7).all() and (fence == 1).all()
+del late, fence
+give_freed_memory_back()
+assert memory.grown < 64 << 20  # what is free at the end counts no more
+assert (torch.ones(50 << 20, dtype=torch.uint8) == 1).all()
+print("done")
+"""
+        )
+        == "done"
+    )
 
 
-def test_tensors_of_torchs_own_allocator_may_be_freed_after_it_came(tmp_path):
-    """And storage may grow, oneDNN's buffers go back, and a child may allocate after a fork."""
-    script = """
-import os, sys, torch
+def test_what_comes_from_elsewhere_and_what_goes_elsewhere():
+    """Tensors of torch's own allocator and oneDNN's buffers may be freed after it came."""
+    assert (
+        done_alone(
+            """
+import torch
 from lorasweep.model.step_memory import step_memory
 early = [torch.randn(1000, 1000) for _ in range(3)]
 weight = torch.randn(512, 512, dtype=torch.bfloat16)
-product = torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
+torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
 memory = step_memory()
-assert memory is not None
 early[0].resize_(2000, 1000)
 assert early[0].untyped_storage().nbytes() == 8_000_000
 del early
-again = torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
+torch.nn.functional.linear(torch.randn(300, 512, dtype=torch.bfloat16), weight)
 with torch.profiler.profile(profile_memory=True) as seen:
     large = torch.empty(10 << 20, dtype=torch.uint8)
 assert max(event.self_cpu_memory_usage for event in seen.events()) == 10 << 20
-child = os.fork()
-if child == 0:
-    ok = bool((torch.ones(4 << 20) == 1).all()) and memory.taken > 0
-    os._exit(0 if ok else 1)
-assert os.waitpid(child, 0)[1] == 0
 copied = large.fill_(3).clone()
 del large
 assert (copied == 3).all()
+storage = copied.untyped_storage()
+try:
+    storage.resize_(-1)
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("a storage of -1 bytes was made")
+assert (copied == 3).all()
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        == "done"
     )
-    assert (done.stdout.strip(), done.returncode) == ("done", 0), done.stderr
+
+
+def test_children_may_be_forked_while_other_threads_allocate():
+    assert (
+        done_alone(
+            """
+import os, threading, warnings
+warnings.simplefilter("ignore")
+import torch
+from lorasweep.model.step_memory import step_memory
+memory = step_memory()
+going = True
+def allocate():
+    while going:
+        torch.empty(1 << 20, dtype=torch.uint8)
+threads = [threading.Thread(target=allocate) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        tensor = torch.empty(1 << 20, dtype=torch.uint8)
+        os._exit(0 if memory.taken >= 1 << 20 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+going = False
+for thread in threads:
+    thread.join()
+print("done")
+"""
+        )
+        == "done"
+    )
+
+
+def test_it_is_installed_once_however_often_it_is_asked_for():
+    assert (
+        done_alone(
+            """
+import threading, torch
+from lorasweep.model import step_memory as module
+found = []
+threads = [threading.Thread(target=lambda: found.append(module.step_memory())) for _ in range(4)]
+for thread in threads:
+    thread.start()
+kept = [torch.full((1 << 20,), n, dtype=torch.uint8) for n in range(50)]
+for thread in threads:
+    thread.join()
+module._installed.cache_clear()
+module.step_memory()
+kept += [torch.full((1 << 20,), n, dtype=torch.uint8) for n in range(50, 100)]
+assert len(found) == 4 and None not in found
+assert all((tensor == n).all() for n, tensor in enumerate(kept))
+import os
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+del kept
+print("done")
+"""
+        )
+        == "done"
+    )
 
 
 def test_arrays_keep_what_they_share_with_a_tensor(memory):
@@ -195,12 +292,13 @@ def test_arrays_keep_what_they_share_with_a_tensor(memory):
     assert memory.taken == before
 
 
-def test_where_the_system_grants_no_more_torch_says_so(tmp_path):
-    script = """
+def test_where_the_system_grants_no_more_torch_says_so():
+    assert (
+        done_alone(
+            """
 import resource, torch
 from lorasweep.model.step_memory import step_memory
 memory = step_memory()
-assert memory is not None
 kept = torch.ones(1 << 20)
 with open("/proc/self/statm") as file:
     taken = int(file.read().split()[5]) * resource.getpagesize()
@@ -215,16 +313,21 @@ for _ in range(3):
     assert (torch.ones(1 << 20) + kept == 2).all()
 print("done")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        == "done"
     )
-    assert (done.stdout.strip(), done.returncode) == ("done", 0), done.stderr
 
 
-def test_without_addresses_to_spare_torchs_own_goes_on(tmp_path):
-    script = """
-import resource, torch
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+def test_where_addresses_are_counted_torchs_own_goes_on():
+    assert "ulimit -v" in done_alone(
+        """
+import os, resource, torch
+machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+with open("/proc/self/statm") as file:
+    there = int(file.read().split()[0]) * 4096
+limit = max(there + (2 << 30), machine)
+assert limit < 2 * machine, "this machine is too small for the test"
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from lorasweep.model.heap import give_freed_memory_back, keep_freed_memory
 from lorasweep.model.step_memory import step_memory, why_no_step_memory
 keep_freed_memory()
@@ -233,13 +336,7 @@ assert (torch.ones(1 << 20) == 1).all()
 give_freed_memory_back()
 print(why_no_step_memory())
 """
-    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 4 << 30:
-        pytest.fail("the machine is too small to leave out what it has")
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "ulimit -v" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -68,6 +69,7 @@ def saved_bytes(
 
     allocator = step_memory()
     if allocator is not None:
+        gc.collect()  # or what goes meanwhile would be taken off what comes
         allocator.peak()
         before = allocator.taken
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -77,8 +79,9 @@ def saved_bytes(
     if allocator is None:
         return int(_AT_THE_PEAK * sum(kept.values()))
     loss.backward()
-    known = allocator.peak() - before
     unknown = sum(size for size in kept.values() if size < allocator.least)
+    # All that is kept is there at the same time, whoever served it and whatever else went.
+    known = max(allocator.peak() - before, sum(kept.values()) - unknown)
     return int(_WITH_FREE_PIECES * known + _AT_THE_PEAK * unknown)
 
 

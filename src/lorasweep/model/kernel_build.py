@@ -81,7 +81,8 @@ def _identity(compiler: str, words: Sequence[str]) -> str:
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = next((line for line in processor.splitlines() if line.startswith("flags")), "")
     sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir())]
-    parts = [*sources, version, flags, torch.__version__, *words]
+    libc = " ".join(platform.libc_ver())
+    parts = [*sources, version, flags, libc, torch.__version__, *words]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -218,7 +218,14 @@ class Kernels:
         Returns:
             bfloat16, ``(rows, out)``.
         """
-        out = x.new_empty(len(x), matrices.shape[2]) if onto is None else onto
+        rows, (lanes, depth, columns) = len(x), matrices.shape
+        out = x.new_empty(rows, columns) if onto is None else onto
+        # The loop reads and writes by these sizes: another one would be somebody else's memory.
+        _expect(x.shape[1] == depth, "columns of x", x.shape[1], depth)
+        _expect(ends.dtype == torch.int32 and len(ends) == lanes, "lanes", ends, lanes)
+        _expect(out.shape == (rows, columns), "room", tuple(out.shape), (rows, columns))
+        _expect(out.dtype == x.dtype and out.stride(1) == 1, "kind of room", out.dtype, x.dtype)
+        _expect(scaling is None or scaling.numel() == rows, "scaling's numbers", scaling, rows)
         scale = None if scaling is None else scaling.float().contiguous()
         wanted = _Product(
             _at(out),
@@ -227,13 +234,14 @@ class Kernels:
             x.stride(0),
             _at(scale),
             onto is not None,
-            *matrices.shape[1:],
+            depth,
+            columns,
         )
         weights = _Matrices(_at(matrices), *matrices.stride())
         done = self._library.lane_product_bf16(
             ctypes.byref(wanted),
             ctypes.byref(weights),
-            ctypes.byref(_Lanes(len(ends), _at(ends))),
+            ctypes.byref(_Lanes(lanes, _at(ends))),
             c_int(torch.get_num_threads()),
         )
         if not done:
@@ -251,7 +259,10 @@ class Kernels:
         Returns:
             float32, ``(lanes, n, m)``.
         """
-        out = torch.empty(len(ends), narrow.shape[1], wide.shape[1])
+        _expect(len(narrow) == len(wide), "rows", len(narrow), len(wide))
+        _expect(ends.dtype == torch.int32, "type of the lanes' ends", ends.dtype, torch.int32)
+        shape = len(ends), narrow.shape[1], wide.shape[1]
+        out = torch.empty(shape, dtype=torch.float32, device=narrow.device)
         wanted = _Outer(
             _at(out),
             _at(narrow),
@@ -312,6 +323,11 @@ def _blank(like: Tensor, gaps: Tensor | None) -> Tensor:
     """Make room for as many numbers; the kernels write all but the gaps."""
     room = torch.empty(like.shape, dtype=like.dtype)
     return room if gaps is None else room.index_fill_(0, gaps, 0)
+
+
+def _expect(holds: bool, what: str, found: object, expected: object) -> None:
+    if not holds:
+        raise ValueError(f"{what}: expected {expected}, got {found}")
 
 
 def _at(tensor: Tensor | None) -> c_void_p | None:

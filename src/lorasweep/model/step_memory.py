@@ -10,6 +10,12 @@ from lorasweep.model.kernel_build import KernelBuildError, built_step_memory
 
 _log = logging.getLogger(__name__)
 
+# What step_memory_install says if not 0.
+_REFUSALS = {
+    1: "the process may not use twice as many addresses as the machine has memory (ulimit -v)",
+    2: "something else has taken its place (another allocator of CPU tensors)",
+}
+
 
 class StepMemory:
     """The allocator, serving every larger tensor that the process makes on the CPU.
@@ -64,8 +70,10 @@ def _installed() -> StepMemory | str:
     except (KernelBuildError, OSError) as error:
         why = str(error)
     else:
-        if library.step_memory_install():
+        # By however many threads at once: the library does it one time, and says how that went.
+        refused = library.step_memory_install()
+        if not refused:
             return StepMemory(library)
-        why = "the process may not reserve as many addresses as the machine has memory (ulimit -v)"
+        why = _REFUSALS[refused]
     _log.info("torch's own allocator serves the steps of a pack: %s", why)
     return why

@@ -8,7 +8,7 @@
  * A row's result depends on that row and its lane's matrix alone, and a lane's sums over its rows on
  * those rows alone, added from the first to the last: bit for bit, whoever else is there.
  */
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 #define COLUMNS 32 /* of a tile: two vectors of floats */
@@ -143,6 +143,8 @@ int lane_product_bf16(const Product *p, const Matrices *w, const Lanes *lanes, i
   int done = 1;
   int64_t tiles = (p->columns + COLUMNS - 1) / COLUMNS;
   int64_t parts = (longest_of(lanes) + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  if (lanes->lanes * parts < threads) threads = (int)(lanes->lanes * parts);
+  if (!threads) return 1;
 #pragma omp parallel num_threads(threads) reduction(&& : done)
   {
     uint32_t *pairs = aligned_alloc(64, (size_t)(tiles * p->depth / 2 * COLUMNS * 4));
@@ -217,6 +219,8 @@ int lane_outer_bf16(const Outer *o, const Lanes *lanes, int threads) {
   /* A thread takes a lane and some of its wide columns: the narrow ones are laid out for each. */
   int64_t parts = threads < wide_tiles ? threads : wide_tiles;
   int64_t tile_size = (longest_of(lanes) + 1) / 2 * COLUMNS;
+  if (lanes->lanes * parts < threads) threads = (int)(lanes->lanes * parts);
+  if (!threads) return 1;
 #pragma omp parallel num_threads(threads) reduction(&& : done)
   {
     uint32_t *scratch = aligned_alloc(64, (size_t)((narrow_tiles + 1) * tile_size + COLUMNS) * 4);

@@ -9,6 +9,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,6 +28,7 @@ using Address = uintptr_t;
 constexpr size_t kPage = 4096;
 constexpr size_t kLeast = 16 << 10;   // bytes; smaller ones are no burden for malloc
 constexpr size_t kGrowth = 64 << 20;  // made writable at a time, in large pages where there are any
+constexpr int kReserved = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;  // addresses, no memory
 
 size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -35,7 +37,7 @@ class Stretch {
  public:
   /* Reserve addresses, not memory; false where the process may not have so many. */
   bool reserve(size_t bytes) {
-    void* at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* at = mmap(nullptr, bytes, PROT_NONE, kReserved, -1, 0);
     if (at == MAP_FAILED) return false;
     madvise(at, bytes, MADV_HUGEPAGE);  // a wish: where it isn't granted, pages are small
     start_ = top_ = reinterpret_cast<Address>(at);
@@ -50,8 +52,9 @@ class Stretch {
 
   /* Hand out memory; nullptr where there is none. */
   void* take(size_t bytes) noexcept {
-    bytes = rounded_up(bytes, kPage);
     const std::lock_guard<std::mutex> locked(lock_);
+    if (bytes > end_ - start_) return nullptr;  // before rounding: a negative size would wrap to 0
+    bytes = rounded_up(bytes, kPage);
     try {
       auto fit = free_.lower_bound({bytes, 0});
       if (fit == free_.end()) {
@@ -94,11 +97,20 @@ class Stretch {
     free_.insert(std::move(node));
   }
 
-  /* Give the pages of free spans back to the kernel; their addresses stay. */
+  /* Give the pages of free spans back to the kernel; their addresses stay. Those at the end
+   * are as if they had never been used, so a limit of writable memory (RLIMIT_DATA) forgets them. */
   void give_pages_back() {
     const std::lock_guard<std::mutex> locked(lock_);
     for (const auto& [bytes, address] : free_)
       madvise(reinterpret_cast<void*>(address), bytes, MADV_DONTNEED);
+    if (spans_.empty()) return;
+    const auto last = std::prev(spans_.end());
+    const size_t bytes = last->second.bytes;
+    if (!last->second.free() || mprotect(reinterpret_cast<void*>(last->first), bytes, PROT_NONE))
+      return;
+    top_ = last->first;
+    free_.erase({bytes, last->first});
+    spans_.erase(last);
   }
 
   size_t taken() {
@@ -130,6 +142,10 @@ class Stretch {
   };
   using Spans = std::map<Address, Span>;
 
+  bool made_writable(size_t bytes) const {
+    return mprotect(reinterpret_cast<void*>(top_), bytes, PROT_READ | PROT_WRITE) == 0;
+  }
+
   /* Make what is left of a free span one of its own. The span must still be among the free. */
   void cut(Spans::iterator span, size_t bytes) {
     const Address address = span->first + bytes;
@@ -151,8 +167,11 @@ class Stretch {
     const size_t more = bytes - (joins ? last->second.bytes : 0);
     const size_t left = end_ - top_;
     if (more > left) return false;
-    const size_t growth = std::min(left, rounded_up(more, kGrowth));
-    if (mprotect(reinterpret_cast<void*>(top_), growth, PROT_READ | PROT_WRITE)) return false;
+    size_t growth = std::min(left, rounded_up(more, kGrowth));
+    if (!made_writable(growth)) {
+      growth = more;  // a limit may leave room for just that
+      if (!made_writable(growth)) return false;
+    }
     if (joins) {
       auto node = free_.extract({last->second.bytes, last->first});
       last->second.bytes += growth;
@@ -184,10 +203,13 @@ Stretch& stretch() {
   return *only;
 }
 
+/* The allocator that was there before: it serves small tensors, and what finds no room here. */
+c10::Allocator* before_us = nullptr;
+
 void let_go(void* at) {
   if (at == nullptr) return;
-  // What torch's own allocator handed out before may come back here: oneDNN's buffers do.
-  if (!stretch().holds(at)) return c10::GetDefaultCPUAllocator()->raw_deallocate(at);
+  // What it handed out before may come back here as well: oneDNN's buffers do.
+  if (!stretch().holds(at)) return before_us->raw_deallocate(at);
   c10::profiledCPUMemoryReporter().Delete(at);
   stretch().give(at);
 }
@@ -198,7 +220,7 @@ struct StepMemory final : c10::Allocator {
     if (at != nullptr)
       c10::profiledCPUMemoryReporter().New(at, bytes);
     else  // it raises where there is no memory
-      at = c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
+      at = before_us->raw_allocate(bytes);
     return {at, at, &let_go, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -213,17 +235,35 @@ struct StepMemory final : c10::Allocator {
 
 extern "C" {
 
-/* Serve all CPU tensors to come; once, and for the life of the process. 0 where it can't. */
+/* What installing came to. */
+enum { kInstalled = 0, kNoAddresses = 1, kRefused = 2 };
+
+/* Serve all CPU tensors to come, for the life of the process. However often and by however many
+ * threads it is called, it is done once. */
 int step_memory_install(void) {
-  const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
-  if (!stretch().reserve(rounded_up(machine, kGrowth))) return 0;
-  // A child that is forked while another thread allocates must find the books in order.
-  pthread_atfork([] { stretch().lock(); }, [] { stretch().unlock(); }, [] { stretch().unlock(); });
-  c10::SetCPUAllocator(new StepMemory, /*priority=*/1);
-  return 1;
+  static const int done = [] {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+    const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+    rlimit addresses;
+    // Where addresses are counted, the rest of the process needs as many.
+    if (getrlimit(RLIMIT_AS, &addresses) || (addresses.rlim_cur != RLIM_INFINITY &&
+                                             addresses.rlim_cur / 2 < machine))
+      return static_cast<int>(kNoAddresses);
+    before_us = c10::GetCPUAllocator();
+    if (before_us->raw_deleter() == nullptr) return static_cast<int>(kRefused);
+    if (!stretch().reserve(rounded_up(machine, kGrowth))) return static_cast<int>(kNoAddresses);
+    // A child that is forked while another thread allocates must find the books in order.
+    if (pthread_atfork([] { stretch().lock(); }, [] { stretch().unlock(); },
+                       [] { stretch().unlock(); }))
+      return static_cast<int>(kRefused);
+    static StepMemory* const ours = new StepMemory;
+    c10::SetCPUAllocator(ours, /*priority=*/1);
+    return static_cast<int>(c10::GetCPUAllocator() == ours ? kInstalled : kRefused);
+  }();
+  return done;
 }
 
-/* Bytes below which torch's own allocator serves. */
+/* Bytes below which the allocator from before serves. */
 size_t step_memory_least(void) { return kLeast; }
 
 void step_memory_give_back(void) { stretch().give_pages_back(); }
