@@ -163,6 +163,16 @@ def test_ranks_and_targets_count_and_the_widest_is_found_among_many(bytes_at):
     assert bytes_at(16, narrow, shallow) > max(bytes_at(16, high), bytes_at(16, shallow))
 
 
+def test_what_is_kept_once_for_all_lanes_is_no_part_of_one(open_tiny, splits):
+    """The lower layers' output is computed once: the first measurement must not count it."""
+    upper = AdapterPlan(16, 16.0, 0.1, targets=("all-linear",), top_layers=1)
+    settings = replace(SETTINGS, largest=LargestTrial(16, (upper,)))
+    engine = PackedEngine(open_tiny("modernbert"), *splits, settings, 2)
+    first = engine.measure_lane()
+    assert engine.model.shared._kept, "this base keeps nothing, so nothing was tried"
+    assert engine.measure_lane() == first
+
+
 def test_where_not_even_one_lane_fits_the_need_is_unknown(make_engine, monkeypatch):
     engine = make_engine(2)
 

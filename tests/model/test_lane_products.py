@@ -222,6 +222,8 @@ def test_what_doesnt_fit_together_is_refused():
         (x[:, :6], matrices, ends, None, None),
         (x, matrices[:3], ends, None, None),
         (x, matrices, ends.long(), None, None),
+        (x[:-1], matrices, ends, None, None),
+        (x, matrices, ends.repeat_interleave(2)[::2], None, None),
         (x, matrices, ends, torch.ones(1, 1), None),
         (x, matrices, ends, None, torch.ones(633, 4)),
         (x, matrices, ends, None, drawn(633, 5)),

@@ -117,6 +117,8 @@ def lane_bytes(
         fresh = copies.fresh(0)
         plan = _widest(fresh, largest.adapters)
         model.add_lane(attach(fresh, plan, 0), LaneSettings(plan.scaling, plan.dropout))
+        # What is kept once for all lanes is no part of one: it has to be there before.
+        model.shared.keep(train, training=True)
         if device.type == "cuda":  # the first time, libraries take workspaces that they keep
             forward().backward()
             model.weights.drop_gradients()

@@ -31,7 +31,7 @@ from lorasweep.engines.passes import Passes
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier
 from lorasweep.model.fresh_copies import FreshCopies
-from lorasweep.model.heap import give_freed_memory_back, keep_freed_memory
+from lorasweep.model.heap import keep_freed_memory
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.precision import pick_device, resolve
 
@@ -117,11 +117,7 @@ class PackedEngine:
     ) -> Generator[Outcome, None, None]:
         """Train every plan and yield each outcome; see ``core.protocols.Engine``."""
         self.model.keep_lanes([])
-        try:
-            yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
-        finally:
-            if self.device.type == "cpu":
-                give_freed_memory_back()  # no step is to come that would want it
+        yield from PackRun(self, iter(plans), reporter, resumption).outcomes()
 
     def halve(self, most: int) -> None:
         """Go on with half the places, and with no more than ``most``: memory ran out."""

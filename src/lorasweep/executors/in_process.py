@@ -26,6 +26,7 @@ from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.checkpoint import storing
+from lorasweep.model.heap import give_freed_memory_back
 from lorasweep.model.precision import pick_device
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
@@ -96,6 +97,8 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
         with suppress(StorageError):
             keep_use()
         raise
+    if isinstance(engine, PackedEngine):
+        give_freed_memory_back()  # no step is to come that would want it
     use = keep_use()
     if use.trials:
         sweep.tracker.log_metrics(result.run_id, engine_ledger.metrics(use), step=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 
-from lorasweep.model.step_memory import step_memory
+from lorasweep.model.step_memory import installed_step_memory, step_memory
 
 # glibc's names for what mallopt sets (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MOST_ARENAS = -1, -2, -3, -8
@@ -33,8 +33,8 @@ def keep_freed_memory() -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Return to the kernel what was kept and isn't used: memory ran out."""
-    if (kept := step_memory()) is not None:
+    """Return to the kernel what was kept and isn't used: memory is short, or no step follows."""
+    if (kept := installed_step_memory()) is not None:
         kept.give_back()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

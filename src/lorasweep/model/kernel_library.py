@@ -222,9 +222,10 @@ class Kernels:
         out = x.new_empty(rows, columns) if onto is None else onto
         # The loop reads and writes by these sizes: another one would be somebody else's memory.
         _expect(x.shape[1] == depth, "columns of x", x.shape[1], depth)
-        _expect(ends.dtype == torch.int32 and len(ends) == lanes, "lanes", ends, lanes)
+        _expect_ends(ends, lanes, rows)
         _expect(out.shape == (rows, columns), "room", tuple(out.shape), (rows, columns))
-        _expect(out.dtype == x.dtype and out.stride(1) == 1, "kind of room", out.dtype, x.dtype)
+        _expect(out.dtype == x.dtype, "type of room", out.dtype, x.dtype)
+        _expect(out.stride(1) == 1, "numbers from column to column of the room", out.stride(1), 1)
         _expect(scaling is None or scaling.numel() == rows, "scaling's numbers", scaling, rows)
         scale = None if scaling is None else scaling.float().contiguous()
         wanted = _Product(
@@ -260,7 +261,7 @@ class Kernels:
             float32, ``(lanes, n, m)``.
         """
         _expect(len(narrow) == len(wide), "rows", len(narrow), len(wide))
-        _expect(ends.dtype == torch.int32, "type of the lanes' ends", ends.dtype, torch.int32)
+        _expect_ends(ends, len(ends), len(narrow))
         shape = len(ends), narrow.shape[1], wide.shape[1]
         out = torch.empty(shape, dtype=torch.float32, device=narrow.device)
         wanted = _Outer(
@@ -323,6 +324,13 @@ def _blank(like: Tensor, gaps: Tensor | None) -> Tensor:
     """Make room for as many numbers; the kernels write all but the gaps."""
     room = torch.empty(like.shape, dtype=like.dtype)
     return room if gaps is None else room.index_fill_(0, gaps, 0)
+
+
+def _expect_ends(ends: Tensor, lanes: int, rows: int) -> None:
+    _expect(ends.dtype == torch.int32, "type of the lanes' ends", ends.dtype, torch.int32)
+    _expect(ends.is_contiguous(), "lanes' ends", "scattered", "side by side")
+    _expect(len(ends) == lanes, "lanes", len(ends), lanes)
+    _expect(lanes == 0 or int(ends[-1]) == rows, "the last lane's end", ends[-1:].tolist(), rows)
 
 
 def _expect(holds: bool, what: str, found: object, expected: object) -> None:

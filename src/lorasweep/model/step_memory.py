@@ -43,7 +43,7 @@ class StepMemory:
 
     @property
     def grown(self) -> int:
-        """Bytes that were ever in use, or kept for use, at once."""
+        """Bytes in use, or kept for use."""
         return int(self._library.step_memory_grown())
 
     def give_back(self) -> None:
@@ -55,6 +55,11 @@ def step_memory() -> StepMemory | None:
     """Have torch allocate by it from now on; None, with a line in the log, where that can't be."""
     found = _installed()
     return found if isinstance(found, StepMemory) else None
+
+
+def installed_step_memory() -> StepMemory | None:
+    """Return it where :func:`step_memory` was asked for before; else None, and nothing changes."""
+    return step_memory() if _installed.cache_info().currsize else None
 
 
 def why_no_step_memory() -> str | None:

@@ -128,6 +128,10 @@ static int64_t first_row(const Lanes *lanes, int64_t lane) {
   return lane ? lanes->ends[lane - 1] : 0;
 }
 
+/* One thread for one piece of work, else all: OpenMP ends the threads that a smaller team leaves
+ * out, and must start them again for the next larger one. */
+static int team(int threads, int64_t pieces) { return pieces > 1 ? threads : 1; }
+
 static int64_t longest_of(const Lanes *lanes) {
   int64_t longest = 0;
   for (int64_t lane = 0; lane < lanes->lanes; lane++) {
@@ -143,17 +147,18 @@ int lane_product_bf16(const Product *p, const Matrices *w, const Lanes *lanes, i
   int done = 1;
   int64_t tiles = (p->columns + COLUMNS - 1) / COLUMNS;
   int64_t parts = (longest_of(lanes) + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  if (lanes->lanes * parts < threads) threads = (int)(lanes->lanes * parts);
-  if (!threads) return 1;
+  threads = team(threads, lanes->lanes * parts);
 #pragma omp parallel num_threads(threads) reduction(&& : done)
   {
-    uint32_t *pairs = aligned_alloc(64, (size_t)(tiles * p->depth / 2 * COLUMNS * 4));
-    done = pairs != NULL;
+    uint32_t *pairs = NULL; /* of threads that have anything to do */
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < lanes->lanes * parts; unit++) {
       int64_t lane = unit / parts, end = lanes->ends[lane];
       int64_t row = first_row(lanes, lane) + unit % parts * ROWS_AT_ONCE;
-      if (!pairs || row >= end) continue;
+      if (!done || row >= end) continue;
+      if (!pairs) pairs = aligned_alloc(64, (size_t)(tiles * p->depth / 2 * COLUMNS * 4));
+      done = pairs != NULL;
+      if (!done) continue;
       if (end > row + ROWS_AT_ONCE) end = row + ROWS_AT_ONCE;
       lay_out_pairs(pairs, *w, lane, p->depth, p->columns);
       for (; row < end; row += ROWS) {
@@ -219,19 +224,21 @@ int lane_outer_bf16(const Outer *o, const Lanes *lanes, int threads) {
   /* A thread takes a lane and some of its wide columns: the narrow ones are laid out for each. */
   int64_t parts = threads < wide_tiles ? threads : wide_tiles;
   int64_t tile_size = (longest_of(lanes) + 1) / 2 * COLUMNS;
-  if (lanes->lanes * parts < threads) threads = (int)(lanes->lanes * parts);
-  if (!threads) return 1;
+  threads = team(threads, lanes->lanes * parts);
 #pragma omp parallel num_threads(threads) reduction(&& : done)
   {
-    uint32_t *scratch = aligned_alloc(64, (size_t)((narrow_tiles + 1) * tile_size + COLUMNS) * 4);
-    done = scratch != NULL;
+    uint32_t *scratch = NULL; /* of threads that have anything to do */
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < lanes->lanes * parts; unit++) {
       int64_t lane = unit / parts, part = unit % parts;
       int64_t first = first_row(lanes, lane), end = lanes->ends[lane];
       int64_t pairs = (end - first + 1) / 2;
-      uint32_t *wide = scratch ? scratch + narrow_tiles * tile_size : NULL;
-      if (!scratch) continue;
+      if (!done) continue;
+      if (!scratch)
+        scratch = aligned_alloc(64, (size_t)((narrow_tiles + 1) * tile_size + COLUMNS) * 4);
+      done = scratch != NULL;
+      if (!done) continue;
+      uint32_t *wide = scratch + narrow_tiles * tile_size;
       for (int64_t t = 0; t < narrow_tiles; t++)
         lay_out_rows(scratch + t * tile_size, o->left, o->left_row, first, end, t * COLUMNS,
                      o->narrow);

@@ -268,7 +268,7 @@ size_t step_memory_least(void) { return kLeast; }
 
 void step_memory_give_back(void) { stretch().give_pages_back(); }
 
-/* Bytes that tensors hold; the most since this was last asked; bytes of addresses ever used. */
+/* Bytes that tensors hold; the most since this was last asked; bytes in use or kept for use. */
 size_t step_memory_taken(void) { return stretch().taken(); }
 size_t step_memory_peak(void) { return stretch().peak(); }
 size_t step_memory_grown(void) { return stretch().grown(); }
