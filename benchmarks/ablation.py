@@ -42,7 +42,9 @@ CONTENDERS = {
         comparable=False,
     ),
     "fixed packs": Contender(functools.partial(packed, packs="fixed"), "without refill"),
-    "kernels off": Contender(packed, "without compiled kernels", {"LORASWEEP_KERNELS": "0"}),
+    "kernels off": Contender(
+        packed, "without compiled kernels and allocator", {"LORASWEEP_KERNELS": "0"}
+    ),
     "top layers": Contender(
         _top,
         "LoRA in the top two layers, no base dropout, lower layers kept",

@@ -186,9 +186,13 @@ def with_tcmalloc(work: Work) -> dict[str, Any]:
 
 CONTENDERS = {
     "packed": Contender(peak, "the packed engine"),
-    "kernels off": Contender(peak, "without compiled kernels", {"LORASWEEP_KERNELS": "0"}),
+    "kernels off": Contender(
+        peak, "without compiled kernels and allocator", {"LORASWEEP_KERNELS": "0"}
+    ),
     "tcmalloc": Contender(
-        with_tcmalloc, "the packed engine, with tcmalloc as malloc", {"LD_PRELOAD": _TCMALLOC}
+        with_tcmalloc,
+        "the packed engine, tcmalloc for what isn't a large tensor",
+        {"LD_PRELOAD": _TCMALLOC},
     ),
 }
 _MEDIANS = (

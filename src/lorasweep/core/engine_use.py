@@ -18,7 +18,7 @@ class EngineUse:
         halvings: Times that memory ran out and the lanes were halved.
         bytes_per_lane: Memory that one more lane takes, with its weights and moments, at the
             longest rows, the largest batch and rank, and all modules that a trial of the sweep
-            may adapt. Counted on a CPU, measured on CUDA.
+            may adapt. Measured; counted on a CPU without the compiled allocator.
         pack_steps: Steps of the pack, each of them one optimizer step of every lane in it.
         lane_steps: Optimizer steps of all trials together.
         empty_places: Sum over pack steps of the places that stood empty while trials remained.

@@ -245,8 +245,9 @@ def filled_up(lane_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """Round each lane's tokens up, and then all of them, by at most 1/32 each.
 
     Sizes that come back are worth more than the few tokens: oneDNN compiles a product anew for
-    each size that it hasn't seen lately, and buffers of ever new sizes fragment the heap until
-    each step asks the kernel for fresh pages (docs/performance.md says what that took).
+    each size that it hasn't seen lately, and buffers of ever new sizes fragment glibc's heap,
+    where that serves, until each step asks the kernel for fresh pages (docs/performance.md says
+    what that took).
 
     Args:
         lane_tokens: Tokens of each lane, ``(lanes,)``.
