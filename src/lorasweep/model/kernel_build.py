@@ -39,10 +39,7 @@ def built_kernels() -> Path:
         KernelBuildError: Switched off, no compiler, or the compiler failed.
     """
     _refuse_where_untried()
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise KernelBuildError("there is no C compiler (cc) on the PATH")
-    return _built("kernels.c", compiler, [*_FLAGS, "-lm"])
+    return _built("kernels.c", _compiler("C", "CC", "cc", "gcc"), [*_FLAGS, "-lm"])
 
 
 def built_step_memory() -> Path:
@@ -52,9 +49,7 @@ def built_step_memory() -> Path:
         KernelBuildError: Switched off, no compiler, or the compiler failed.
     """
     _refuse_where_untried()
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise KernelBuildError("there is no C++ compiler (c++) on the PATH")
+    compiler = _compiler("C++", "CXX", "c++", "g++")
     of_torch = Path(torch.__file__).parent
     words = [*_CPP_FLAGS, f"-I{of_torch / 'include'}", f"-L{of_torch / 'lib'}", "-lc10"]
     return _built("step_memory.cpp", compiler, words)
@@ -65,6 +60,14 @@ def _refuse_where_untried() -> None:
         raise KernelBuildError(f"{SWITCH}=0 switches them off")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise KernelBuildError(f"not tried on {platform.system()} {platform.machine()}")
+
+
+def _compiler(language: str, variable: str, *names: str) -> str:
+    """Find the one that the variable names, or the first of the names that is there."""
+    found = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        raise KernelBuildError(f"there is no {language} compiler ({names[0]}) on the PATH")
+    return found
 
 
 def _built(source: str, compiler: str, words: Sequence[str]) -> Path:
