@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from architectures import PACKED
 from lane_numbers import SPANS, numbers
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from lorasweep.core.corpora import EncodedSplit
@@ -18,13 +19,14 @@ from lorasweep.core.errors import ModelError
 from lorasweep.core.plans import AdapterPlan
 from lorasweep.model.adapter import attach
 from lorasweep.model.base import Base, fresh_classifier, open_base
+from lorasweep.model.frozen_linear import FrozenLinear
 from lorasweep.model.lane_adapter import trained_parameters
 from lorasweep.model.packed_attention import packed_attention
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_dropout import Mask, rate_byte
 from lorasweep.model.packed_lora import LaneSettings, PackedModel
 from lorasweep.model.packed_modules import AdaptableLinear
-from lorasweep.model.packed_products import adapted_linear, lane_linear
+from lorasweep.model.packed_products import Adapting, adapted_linear, lane_linear
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import bucket_bounds, make_buckets
 from lorasweep.model.scoring import pad_rows, predict_logits
@@ -36,13 +38,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("biased", [True, False])
 def test_gradients_of_the_adapted_linear_layer(dropout, biased):
-    weight, bias = numbers(5, 6, seed=3), numbers(5, seed=4) if biased else None
+    frozen = FrozenLinear(nn.Linear(6, 5, bias=biased).double())
     streams = torch.arange(9) * 7919
     mask = Mask(streams, 1, rate_byte(dropout)) if dropout else None
     scaling = torch.rand(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def layer(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return adapted_linear(x, down, up, weight, bias, scaling, mask, SPANS)
+        return adapted_linear(x, down, up, frozen, Adapting(SPANS, scaling, mask))
 
     inputs = numbers(9, 6), numbers(4, 2, 6, seed=1), numbers(4, 5, 2, seed=2)
     assert torch.autograd.gradcheck(layer, [x.requires_grad_() for x in inputs])

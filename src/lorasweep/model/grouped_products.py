@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_spans import LaneSpans
+from lorasweep.model.packed_dropout import Mask
 from lorasweep.model.torch_errors import first_line, is_out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ def grouped_product(
     *,
     scaling: Tensor | None = None,
     onto: Tensor | None = None,
+    x_mask: Mask | None = None,
+    mask: Mask | None = None,
+    depths: Tensor | None = None,
+    widths: Tensor | None = None,
 ) -> Tensor:
     """Multiply each lane's rows with its own matrix.
 
@@ -42,29 +47,48 @@ def grouped_product(
         spans: Whose each row is.
         scaling: What each row of the result is multiplied with, ``(rows, 1)``; None for 1.
         onto: What the result is added to, in place, ``(rows, out)``; None for nothing.
+        x_mask: Of dropout on ``x``; None for none.
+        mask: Of dropout on the product, before it is added to anything; None for none.
+        depths: How many first rows of each lane's matrix aren't 0, int32 ``(lanes,)`` on the CPU:
+            the others may be left out. None for all.
+        widths: The same of columns.
 
     Returns:
         ``(rows, out)``; ``onto`` where there is one.
     """
     kernels = kernels_for(x)
     if kernels is not None and kernels.multiplies(x, matrices):
-        return kernels.product(x, matrices, spans.ends, scaling, onto)
+        return kernels.product(x, matrices, spans.ends, scaling, onto, x_mask, mask, depths, widths)
+    if x_mask is not None:
+        x = x_mask.applied(x)
     if _grouped_kernel(x, matrices):
         product = F.grouped_mm(x, matrices, offs=spans.ends)
     else:
         product = _padded_product(x, matrices, spans)
     if scaling is not None:
         product = product.mul_(scaling)
+    if mask is not None:
+        product = mask.applied(product, in_place=True)
     return product if onto is None else onto.add_(product)
 
 
-def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
+def grouped_outer(
+    left: Tensor,
+    right: Tensor,
+    spans: LaneSpans,
+    *,
+    right_mask: Mask | None = None,
+    narrows: Tensor | None = None,
+) -> Tensor:
     """Sum each lane's outer products: ``left[rows].T @ right[rows]`` for every lane.
 
     Args:
         left: ``(rows, n)``, lane after lane.
         right: ``(rows, m)``.
         spans: Whose each row is.
+        right_mask: Of dropout on ``right``; None for none.
+        narrows: How many first columns of the narrower side aren't 0 in each lane's rows, int32
+            ``(lanes,)`` on the CPU: the others may be left out. None for all.
 
     Returns:
         ``(lanes, n, m)``, in the operands' type or float32; zero for a lane without rows.
@@ -72,8 +96,11 @@ def grouped_outer(left: Tensor, right: Tensor, spans: LaneSpans) -> Tensor:
     kernels = kernels_for(left)
     if kernels is not None and kernels.sums(left, right):
         if left.shape[1] <= right.shape[1]:
-            return kernels.outer(left, right, spans.ends)
-        return kernels.outer(right, left, spans.ends).transpose(1, 2)
+            return kernels.outer(left, right, spans.ends, right_mask, narrows)
+        if right_mask is None:
+            return kernels.outer(right, left, spans.ends, None, narrows).transpose(1, 2)
+    if right_mask is not None:
+        return grouped_outer(left, right_mask.applied(right), spans, narrows=narrows)
     if _grouped_kernel(left, right):
         return F.grouped_mm(left.t(), right, offs=spans.ends)
     return _padded_outer(left, right, spans)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ class _Matrices(ctypes.Structure):
     _fields_ = [("at", c_void_p), ("lane", c_int64), ("row", c_int64), ("column", c_int64)]
 
 
+class _Dropping(ctypes.Structure):
+    _fields_ = [("streams", c_void_p), ("key", c_int64), ("rates", c_void_p), ("rate", c_int32)]
+
+
 class _Product(ctypes.Structure):
     _fields_ = [
         ("out", c_void_p),
@@ -55,6 +59,10 @@ class _Product(ctypes.Structure):
         ("add", c_int),
         ("depth", c_int64),
         ("columns", c_int64),
+        ("of_x", POINTER(_Dropping)),
+        ("of_product", POINTER(_Dropping)),
+        ("depths", c_void_p),
+        ("widths", c_void_p),
     ]
 
 
@@ -67,6 +75,8 @@ class _Outer(ctypes.Structure):
         ("right", c_void_p),
         ("right_row", c_int64),
         ("wide", c_int64),
+        ("of_right", POINTER(_Dropping)),
+        ("narrows", c_void_p),
     ]
 
 
@@ -110,6 +120,21 @@ class Attending:
     rate: int = 0
 
 
+@dataclass(slots=True)
+class Dropping:
+    """What dropout leaves out of ``(entries, width)``.
+
+    Attributes:
+        streams: int64, ``(entries,)``.
+        key: Of the module.
+        rate: Byte values that drop, of 256: one number, or int16 of each entry, ``(entries, 1)``.
+    """
+
+    streams: Tensor
+    key: int
+    rate: int | Tensor
+
+
 class Kernels:
     """The loaded library."""
 
@@ -117,29 +142,26 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._multiplies = bool(self._library.lane_products_there())
 
-    def drop(
-        self, x: Tensor, streams: Tensor, key: int, rate: int | Tensor, scale: float, out: Tensor
-    ) -> None:
+    def drop(self, x: Tensor, mask: Dropping, scale: float, out: Tensor) -> None:
         """Write ``x`` where kept, times ``scale``, and 0 where dropped.
 
         Args:
             x: ``(entries, width)``, contiguous.
-            streams: int64, ``(entries,)``.
-            key: Of the module.
-            rate: Byte values that drop, of 256; or int16 of each entry.
+            mask: What is dropped.
             scale: Of what is kept.
             out: As ``x``; may be ``x``.
         """
-        each = rate if isinstance(rate, Tensor) else None
+        entries = mask.streams.numel()
+        each = mask.rate if isinstance(mask.rate, Tensor) else None
         self._call("drop", x.dtype)(
             _at(out),
             _at(x),
-            c_int64(streams.numel()),
-            c_int64(x.numel() // max(1, streams.numel())),
-            _at(streams),
-            c_int64(key),
+            c_int64(entries),
+            c_int64(x.numel() // max(1, entries)),
+            _at(mask.streams),
+            c_int64(mask.key),
             _at(each),
-            c_int32(0 if isinstance(rate, Tensor) else rate),
+            c_int32(0 if isinstance(mask.rate, Tensor) else mask.rate),
             c_float(scale),
             c_int(torch.get_num_threads()),
         )
@@ -203,8 +225,12 @@ class Kernels:
         x: Tensor,
         matrices: Tensor,
         ends: Tensor,
-        scaling: Tensor | None,
-        onto: Tensor | None,
+        scaling: Tensor | None = None,
+        onto: Tensor | None = None,
+        x_mask: Dropping | None = None,
+        mask: Dropping | None = None,
+        depths: Tensor | None = None,
+        widths: Tensor | None = None,
     ) -> Tensor:
         """Multiply each lane's rows with its own matrix.
 
@@ -214,6 +240,11 @@ class Kernels:
             ends: One past each lane's last row, int32, ``(lanes,)``.
             scaling: Of each row of the result, ``(rows, 1)``; None for none.
             onto: What the result is added to in place, columns side by side; None for nothing.
+            x_mask: Of dropout on ``x``; None for none.
+            mask: Of dropout on the product, before it is added; None for none.
+            depths: Rows of each lane's matrix that aren't all 0: the first ones; int32,
+                ``(lanes,)``; None for all.
+            widths: The same of its columns.
 
         Returns:
             bfloat16, ``(rows, out)``.
@@ -227,6 +258,8 @@ class Kernels:
         _expect(out.dtype == x.dtype, "type of room", out.dtype, x.dtype)
         _expect(out.stride(1) == 1, "numbers from column to column of the room", out.stride(1), 1)
         _expect(scaling is None or scaling.numel() == rows, "scaling's numbers", scaling, rows)
+        _expect_within(depths, lanes, depth)
+        _expect_within(widths, lanes, columns)
         scale = None if scaling is None else scaling.float().contiguous()
         wanted = _Product(
             _at(out),
@@ -237,6 +270,10 @@ class Kernels:
             onto is not None,
             depth,
             columns,
+            _dropping(x_mask, rows),
+            _dropping(mask, rows),
+            _at(depths),
+            _at(widths),
         )
         weights = _Matrices(_at(matrices), *matrices.stride())
         done = self._library.lane_product_bf16(
@@ -249,19 +286,30 @@ class Kernels:
             raise MemoryError(f"no memory to multiply by {tuple(matrices.shape)}")
         return out
 
-    def outer(self, narrow: Tensor, wide: Tensor, ends: Tensor) -> Tensor:
+    def outer(
+        self,
+        narrow: Tensor,
+        wide: Tensor,
+        ends: Tensor,
+        wide_mask: Dropping | None = None,
+        narrows: Tensor | None = None,
+    ) -> Tensor:
         """Sum each lane's outer products.
 
         Args:
             narrow: bfloat16, ``(rows, n)``, columns side by side.
             wide: bfloat16, ``(rows, m)``, columns side by side.
             ends: As above.
+            wide_mask: Of dropout on ``wide``; None for none.
+            narrows: Columns of ``narrow`` that aren't all 0, of each lane: the first ones; int32,
+                ``(lanes,)``; None for all.
 
         Returns:
             float32, ``(lanes, n, m)``.
         """
         _expect(len(narrow) == len(wide), "rows", len(narrow), len(wide))
         _expect_ends(ends, len(ends), len(narrow))
+        _expect_within(narrows, len(ends), narrow.shape[1])
         shape = len(ends), narrow.shape[1], wide.shape[1]
         out = torch.empty(shape, dtype=torch.float32, device=narrow.device)
         wanted = _Outer(
@@ -272,6 +320,8 @@ class Kernels:
             _at(wide),
             wide.stride(0),
             wide.shape[1],
+            _dropping(wide_mask, len(wide)),
+            _at(narrows),
         )
         done = self._library.lane_outer_bf16(
             ctypes.byref(wanted),
@@ -326,11 +376,36 @@ def _blank(like: Tensor, gaps: Tensor | None) -> Tensor:
     return room if gaps is None else room.index_fill_(0, gaps, 0)
 
 
+def _dropping(mask: Dropping | None, rows: int) -> Any:
+    if mask is None:
+        return None
+    each = mask.rate if isinstance(mask.rate, Tensor) else None
+    for what, x, dtype in (
+        ("streams", mask.streams, torch.int64),
+        ("rates", each, torch.int16),
+    ):
+        if x is not None:
+            _expect(x.numel() == rows, what, x.numel(), rows)
+            _expect(x.dtype == dtype, f"type of {what}", x.dtype, dtype)
+            _expect(x.is_contiguous(), what, "scattered", "side by side")
+    one = 0 if isinstance(mask.rate, Tensor) else mask.rate
+    return ctypes.pointer(_Dropping(_at(mask.streams), mask.key, _at(each), one))
+
+
 def _expect_ends(ends: Tensor, lanes: int, rows: int) -> None:
     _expect(ends.dtype == torch.int32, "type of the lanes' ends", ends.dtype, torch.int32)
     _expect(ends.is_contiguous(), "lanes' ends", "scattered", "side by side")
     _expect(len(ends) == lanes, "lanes", len(ends), lanes)
     _expect(lanes == 0 or int(ends[-1]) == rows, "the last lane's end", ends[-1:].tolist(), rows)
+
+
+def _expect_within(sizes: Tensor | None, lanes: int, most: int) -> None:
+    if sizes is not None:
+        _expect(sizes.dtype == torch.int32, "type of sizes", sizes.dtype, torch.int32)
+        _expect(sizes.is_contiguous(), "sizes", "scattered", "side by side")
+        _expect(len(sizes) == lanes, "sizes", len(sizes), lanes)
+        found: list[int] = sizes.tolist()
+        _expect(all(0 <= size <= most for size in found), "sizes", found, f"0 to {most}")
 
 
 def _expect(holds: bool, what: str, found: object, expected: object) -> None:

@@ -106,6 +106,7 @@ class LaneWeights:
     second: Tensor
     decays: Tensor
     _parts: dict[tuple[int, range], dict[str, Tensor]]
+    _first_sizes: dict[str, Tensor]
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device = device
@@ -143,6 +144,21 @@ class LaneWeights:
                 for name in self.blocks
             }
         return self._parts[number, lanes]
+
+    def first_sizes(self, name: str, lanes: range) -> Tensor:
+        """Return how much of a parameter's first dimension some lanes own; the rest is 0.
+
+        Args:
+            name: The parameter's.
+            lanes: Whose.
+
+        Returns:
+            int32, ``(lanes,)``, on the CPU; 0 where a lane has no such parameter.
+        """
+        if name not in self._first_sizes:
+            sizes = [owned[name].shape[0] if name in owned else 0 for owned in self._owned]
+            self._first_sizes[name] = torch.tensor(sizes, dtype=torch.int32)
+        return self._first_sizes[name][lanes.start : lanes.stop]
 
     def gradient(self, name: str) -> Tensor:
         """Return all lanes' collected gradients of a parameter, ``(lanes, *shape)``."""
@@ -290,7 +306,7 @@ class LaneWeights:
         """Take over what was made for these lanes; it takes no memory for numbers itself."""
         self._owned, self._layout, self.decays = owned, layout, decays
         self.weights, self.first, self.second, self.gradients = matrices
-        self._parts = {}
+        self._parts, self._first_sizes = {}, {}
 
     def _zeros(self, lanes: int, width: int) -> Tensor:
         return torch.zeros(lanes, width, device=self.device, dtype=self.dtype)

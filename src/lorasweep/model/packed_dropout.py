@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorasweep.core.seeding import derive_seed
+from lorasweep.model.kernel_library import Dropping
 from lorasweep.model.kernels import kernels_for
 
 _WEYL = -7046029254386353131  # 2**64 / golden ratio, as a signed 64-bit number
@@ -123,18 +124,14 @@ def masked(x: Tensor, bits: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class Mask:
+class Mask(Dropping):
     """What dropout keeps of ``(entries, width)``, worked out when it is applied.
 
     Attributes:
-        streams: int64, ``(entries,)``.
         key: From :func:`module_key`.
-        rate: From :func:`rate_byte`: one number, or int16 of each entry, ``(entries, 1)``.
+        rate: From :func:`rate_byte`.
     """
 
-    streams: Tensor
-    key: int
-    rate: int | Tensor
     _bits: Tensor | None = None
 
     def applied(self, x: Tensor, scale: float = 1.0, *, in_place: bool = False) -> Tensor:
@@ -150,7 +147,7 @@ class Mask:
         if compiled is not None:
             # The mask never exists: drawing it again on the way back costs less than memory.
             out = x if in_place else torch.empty_like(x)
-            compiled.drop(x, self.streams, self.key, self.rate, scale, out)
+            compiled.drop(x, self, scale, out)
             return out
         width = x.numel() // max(1, self.streams.numel())
         if self._bits is None:

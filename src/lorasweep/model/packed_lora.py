@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorasweep.model.adapter import trained_whole
 from lorasweep.model.base import FreshClassifier
+from lorasweep.model.frozen_linear import FrozenLinear
 from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_adapter import adapter_blocks, trained_parameters
 from lorasweep.model.lane_weights import Block, LaneState, LaneWeights
@@ -96,6 +97,9 @@ class PackedModel:
         self._move(torch.device("cpu"), torch.float32)
         check.prove(self)
         self._move(device, dtype)
+        for module in self.model.modules():
+            if isinstance(module, FrozenLinear):
+                module.lay_out()
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorasweep.model.frozen_linear import FrozenLinear
 from lorasweep.model.lane_spans import lane_repeat
 from lorasweep.model.packed_dropout import Dropout, Mask, kept_scale, module_key, rate_byte
-from lorasweep.model.packed_products import adapted_linear, lane_linear
+from lorasweep.model.packed_products import Adapting, adapted_linear, lane_linear
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
@@ -45,11 +46,10 @@ class PackedModule(nn.Module):
 class AdaptableLinear(PackedModule):
     """A frozen linear layer that carries the LoRA of those lanes that adapt it."""
 
-    def __init__(self, pack: PackedModel, name: str, frozen: nn.Linear) -> None:
+    def __init__(self, pack: PackedModel, name: str, replaced: nn.Linear) -> None:
         super().__init__(pack, name)
-        self.weight = frozen.weight
-        self.bias = frozen.bias
-        self.in_features, self.out_features = frozen.in_features, frozen.out_features
+        self.frozen = FrozenLinear(replaced)
+        self.in_features, self.out_features = replaced.in_features, replaced.out_features
         self.down, self.up = f"{name}.lora_A", f"{name}.lora_B"
 
     def forward(self, x: Tensor, side: Side | None = None) -> Tensor:
@@ -60,22 +60,21 @@ class AdaptableLinear(PackedModule):
             side: Whose each vector is, where they are neither tokens nor rows.
         """
         if self.down not in self.pack.weights:
-            return F.linear(x, self.weight, self.bias)
+            applied: Tensor = self.frozen(x)
+            return applied
         now = self.pack.now
         flat = x.reshape(-1, self.in_features)
         side = side or now.side(flat.shape[0])
         mask = None
         if side.rate is not None and side.streams is not None:
             mask = Mask(side.streams, self.pack_key, side.rate)
+        ranks = self.pack.weights.first_sizes(self.down, now.batch.lanes)
         y = adapted_linear(
             flat,
             now.parameters[self.down],
             now.parameters[self.up],
-            self.weight,
-            self.bias,
-            side.scaling,
-            mask,
-            side.spans,
+            self.frozen,
+            Adapting(side.spans, side.scaling, mask, ranks),
         )
         return y.view(*x.shape[:-1], self.out_features)
 

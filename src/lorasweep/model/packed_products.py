@@ -5,15 +5,34 @@ Their gradients are written by hand on top of grouped products.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lorasweep.model.frozen_linear import FrozenLinear
 from lorasweep.model.grouped_products import grouped_outer, grouped_product
 from lorasweep.model.lane_spans import LaneSpans, lane_sums
 from lorasweep.model.packed_dropout import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Adapting:
+    """What adapters do in a pass besides their weights.
+
+    Attributes:
+        spans: Whose each token is.
+        scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
+        mask: Dropout on the adapter's input; None for no dropout.
+        ranks: Of each lane, int32 ``(lanes,)`` on the CPU, 0 where it does not adapt the layer;
+            None where all fill their matrices.
+    """
+
+    spans: LaneSpans
+    scaling: Tensor
+    mask: Mask | None = None
+    ranks: Tensor | None = None
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -31,49 +50,41 @@ class AdaptedLinear(torch.autograd.Function):
         x: Tensor,
         down: Tensor,
         up: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scaling: Tensor,
-        mask: Mask | None,
-        spans: LaneSpans,
+        frozen: FrozenLinear,
+        adapting: Adapting,
     ) -> Tensor:
-        dropped = x if mask is None else mask.applied(x)
-        of_rank = down.to(x.dtype).transpose(1, 2)
-        narrow = grouped_product(dropped, of_rank, spans, scaling=scaling)
-        y = F.linear(x, weight, bias)
-        grouped_product(narrow, up.to(x.dtype).transpose(1, 2), spans, onto=y)
-        ctx.save_for_backward(x, down, up, weight, scaling, narrow)
-        ctx.mask, ctx.spans = mask, spans
+        spans, scaling, ranks = adapting.spans, adapting.scaling, adapting.ranks
+        of_rank, of_out = (w.to(x.dtype).transpose(1, 2) for w in (down, up))
+        narrow = grouped_product(
+            x, of_rank, spans, scaling=scaling, x_mask=adapting.mask, widths=ranks
+        )
+        y = frozen.product(x)
+        grouped_product(narrow, of_out, spans, onto=y, depths=ranks)
+        ctx.save_for_backward(x, down, up, narrow)
+        ctx.frozen, ctx.adapting = frozen, adapting
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        x, down, up, weight, scaling, narrow = ctx.saved_tensors
-        mask: Mask | None = ctx.mask
-        spans: LaneSpans = ctx.spans
-        grad_up = grouped_outer(grad, narrow, spans).to(up.dtype)
-        grad_narrow = grouped_product(grad, up.to(grad.dtype), spans, scaling=scaling)
-        dropped = x if mask is None else mask.applied(x)
-        grad_down = grouped_outer(grad_narrow, dropped, spans).to(down.dtype)
+        x, down, up, narrow = ctx.saved_tensors
+        adapting: Adapting = ctx.adapting
+        spans, mask, ranks = adapting.spans, adapting.mask, adapting.ranks
+        grad_up = grouped_outer(grad, narrow, spans, narrows=ranks).to(up.dtype)
+        grad_narrow = grouped_product(
+            grad, up.to(grad.dtype), spans, scaling=adapting.scaling, widths=ranks
+        )
+        grad_down = grouped_outer(grad_narrow, x, spans, right_mask=mask, narrows=ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_product(grad_narrow, down.to(grad.dtype), spans)
-            if mask is not None:
-                grad_x = mask.applied(grad_x, in_place=True)
-            grad_x.addmm_(grad, weight)
-        return grad_x, grad_down, grad_up, None, None, None, None, None
+            grad_x = ctx.frozen.product_back(grad)
+            wide = down.to(grad.dtype)
+            grouped_product(grad_narrow, wide, spans, onto=grad_x, mask=mask, depths=ranks)
+        return grad_x, grad_down.to(down.dtype), grad_up, None, None
 
 
 def adapted_linear(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scaling: Tensor,
-    mask: Mask | None,
-    spans: LaneSpans,
+    x: Tensor, down: Tensor, up: Tensor, frozen: FrozenLinear, adapting: Adapting
 ) -> Tensor:
     """Apply a frozen linear layer with one LoRA adapter per lane.
 
@@ -82,16 +93,13 @@ def adapted_linear(
         down: LoRA's A of all lanes, ``(lanes, rank, in)``; zero rows where a lane's rank is
             smaller, all zero where it does not adapt this layer.
         up: LoRA's B, ``(lanes, out, rank)``.
-        weight: Of the frozen layer, ``(out, in)``.
-        bias: Of the frozen layer, ``(out,)`` or None.
-        scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
-        mask: Dropout on the adapter's input; None for no dropout.
-        spans: Whose each token is.
+        frozen: The layer.
+        adapting: Whose each token is, and what of the adapters is not a weight.
 
     Returns:
         ``(tokens, out)``.
     """
-    result: Tensor = AdaptedLinear.apply(x, down, up, weight, bias, scaling, mask, spans)
+    result: Tensor = AdaptedLinear.apply(x, down, up, frozen, adapting)
     return result
 
 

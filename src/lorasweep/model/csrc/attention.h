@@ -44,6 +44,49 @@ INLINE void NAMED(take_row)(Scratch *s, const NAMED(Asked) *asked, const Rows *r
   transposed(s->key_columns, s->key, rounded_up(length, LANES), wide);
 }
 
+INLINE void NAMED(fetch_tokens)(const SCALAR *from, int64_t first, int64_t count, int64_t token,
+                                int64_t head, int64_t of_head, int64_t width, const int write) {
+  fetch(from + first * token + head * of_head, token * (int64_t)sizeof(SCALAR), count,
+        width * (int64_t)sizeof(SCALAR), write);
+}
+
+INLINE void NAMED(fetch_operands)(const NAMED(Asked) *asked, const Rows *rows, int64_t r,
+                                  int64_t head, int64_t width) {
+  const int64_t *strides = asked->strides;
+  NAMED(fetch_tokens)(asked->query, rows->query_first[r], rows->query_count[r], strides[0], head,
+                      strides[1], width, 0);
+  NAMED(fetch_tokens)(asked->key, rows->first[r], rows->length[r], strides[2], head, strides[3],
+                      width, 0);
+  NAMED(fetch_tokens)(asked->value, rows->first[r], rows->length[r], strides[4], head, strides[5],
+                      width, 0);
+}
+
+/* Fetch what attend will want of row r and a head, if there is such a row. */
+INLINE void NAMED(fetch_forward)(SCALAR *out, const NAMED(Asked) *asked, const Rows *rows,
+                                 const Attending *how, int64_t r, int64_t head) {
+  int64_t width = how->width, across = how->heads * width;
+  if (r >= rows->rows) return;
+  NAMED(fetch_operands)(asked, rows, r, head, width);
+  NAMED(fetch_tokens)(out, rows->query_first[r], rows->query_count[r], across, head, width, width,
+                      1);
+}
+
+/* The same of attend_backward. */
+INLINE void NAMED(fetch_backward)(SCALAR *query_gradient, SCALAR *key_gradient,
+                                  SCALAR *value_gradient, const SCALAR *grad,
+                                  const NAMED(Asked) *asked, const Rows *rows,
+                                  const Attending *how, int64_t r, int64_t head) {
+  int64_t width = how->width, across = how->heads * width;
+  if (r >= rows->rows) return;
+  int64_t query = rows->query_first[r], queries = rows->query_count[r];
+  int64_t key = rows->first[r], keys = rows->length[r];
+  NAMED(fetch_operands)(asked, rows, r, head, width);
+  NAMED(fetch_tokens)(grad, query, queries, across, head, width, width, 0);
+  NAMED(fetch_tokens)(query_gradient, query, queries, across, head, width, width, 1);
+  NAMED(fetch_tokens)(value_gradient, key, keys, across, head, width, width, 1);
+  if (key_gradient) NAMED(fetch_tokens)(key_gradient, key, keys, across, head, width, width, 1);
+}
+
 /* Row r and one head of attend. */
 INLINE void NAMED(attend_head)(Scratch *s, SCALAR *out, float *sums, const NAMED(Asked) *asked,
                                const Rows *rows, const Attending *how, int64_t r, int64_t head) {
@@ -51,6 +94,7 @@ INLINE void NAMED(attend_head)(Scratch *s, SCALAR *out, float *sums, const NAMED
   int64_t heads = how->heads, width = how->width;
   int64_t keys = rounded_up(length, LANES), wide = rounded_up(width, LANES);
   const int64_t *strides = asked->strides;
+  NAMED(fetch_forward)(out, asked, rows, how, r + 1, head);
   NAMED(take_row)(s, asked, rows, r, head, width, wide);
   for (int64_t i = 0; i < rows->query_count[r]; i += QUERIES) {
     int64_t q = rows->query_first[r] + i, count = rows->query_count[r] - i;
@@ -79,6 +123,8 @@ INLINE void NAMED(attend_head_backward)(Scratch *s, SCALAR *query_gradient, SCAL
   int64_t keys = rounded_up(length, LANES), wide = rounded_up(width, LANES);
   int64_t across = heads * width, row_at = (first * heads + head) * width;
   const int64_t *strides = asked->strides;
+  NAMED(fetch_backward)(query_gradient, key_gradient, value_gradient, grad, asked, rows, how, r + 1,
+                        head);
   NAMED(take_row)(s, asked, rows, r, head, width, wide);
   transposed(s->value_columns, s->value, keys, wide);
   memset(s->key_gradient, 0, (size_t)(length * wide) * 4);
@@ -112,20 +158,21 @@ INLINE void NAMED(attend_head_backward)(Scratch *s, SCALAR *query_gradient, SCAL
 /* out, query: (queries, heads, width); key, value: (tokens, heads, width); sums: (queries,
  * heads), for the way back. strides: between tokens and between heads of query, key, value;
  * out is contiguous. Tokens of no row are left alone. Returns 0 when memory ran out. */
-int NAMED(attend)(SCALAR *out, float *sums, const SCALAR *query, const SCALAR *key,
+int ENTRY(attend)(SCALAR *out, float *sums, const SCALAR *query, const SCALAR *key,
                   const SCALAR *value, const int64_t *strides, const Rows *rows,
                   const Attending *how, int threads) {
   const NAMED(Asked) asked = {query, key, value, strides};
-  FOR_EACH_HEAD(NAMED(attend_head), out, sums, &asked)
+  FOR_EACH_HEAD(Scratch, scratch_made(&s, longest, how->width), NAMED(attend_head), out, sums,
+                &asked)
 }
 
 /* Gradients of attend: query_gradient (queries, heads, width), key_gradient and
  * value_gradient (tokens, heads, width), each contiguous, as is grad; key_gradient may be NULL. */
-int NAMED(attend_backward)(SCALAR *query_gradient, SCALAR *key_gradient, SCALAR *value_gradient,
+int ENTRY(attend_backward)(SCALAR *query_gradient, SCALAR *key_gradient, SCALAR *value_gradient,
                            const SCALAR *grad, const float *sums, const SCALAR *query,
                            const SCALAR *key, const SCALAR *value, const int64_t *strides,
                            const Rows *rows, const Attending *how, int threads) {
   const NAMED(Asked) asked = {query, key, value, strides};
-  FOR_EACH_HEAD(NAMED(attend_head_backward), query_gradient, key_gradient, value_gradient, grad,
-                sums, &asked)
+  FOR_EACH_HEAD(Scratch, scratch_made(&s, longest, how->width), NAMED(attend_head_backward),
+                query_gradient, key_gradient, value_gradient, grad, sums, &asked)
 }

@@ -117,6 +117,19 @@ INLINE void transposed(float *restrict to, float *restrict from, int64_t keys, i
     }
 }
 
+/* Fetch one head's `bytes` of `count` tokens, `apart` from one another, into the second cache: they
+ * lie too far apart for a processor to see it coming. */
+INLINE void fetch(const void *from, int64_t apart, int64_t count, int64_t bytes, const int write) {
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t c = 0; c < bytes; c += 64) {
+      const char *at = (const char *)from + j * apart + c;
+      if (write)
+        __builtin_prefetch(at, 1, 2);
+      else
+        __builtin_prefetch(at, 0, 2);
+    }
+}
+
 /* The random bytes of `count` queries, the first of which is `token`: one for each key. */
 INLINE void draw(uint8_t *bytes, const Attending *how, int64_t token, int64_t count, int64_t head,
                  int64_t keys) {
@@ -192,15 +205,15 @@ INLINE void weigh_backward(float *restrict score, float *restrict gradient, floa
 }
 
 /* The body of a function that does `head_of` for each row and head, on all threads; it returns
- * 0 when memory ran out. Where there are enough rows, a thread takes all heads of a row, whose
- * numbers lie side by side. */
-#define FOR_EACH_HEAD(head_of, ...)                               \
+ * 0 when memory ran out. `made` makes the Memory `s` of a thread. Where there are enough rows, a
+ * thread takes all heads of a row, whose numbers lie side by side. */
+#define FOR_EACH_HEAD(Memory, made, head_of, ...)                 \
   int64_t longest = longest_row(rows), heads = how->heads;        \
   int64_t together = rows->rows >= 4 * threads ? heads : 1;       \
   int failed = 0;                                                 \
   _Pragma("omp parallel num_threads(threads)") {                  \
-    Scratch s;                                                    \
-    int there = scratch_made(&s, longest, how->width);            \
+    Memory s;                                                     \
+    int there = made;                                             \
     if (!there) {                                                 \
       _Pragma("omp atomic write") failed = 1;                     \
     }                                                             \

@@ -10,23 +10,36 @@
 #include "numbers.h"
 
 #include "attention_rows.h"
+#include "pairs.h"
+
 #include "lane_products.h"
 
 /* Once for each type of activations. */
 #define SCALAR float
 #define NAMED(name) name##_float
+#define ENTRY NAMED
 #define WIDEN widen_float
 #define NARROW narrow_float
 #include "attention.h"
 #include "dropout.h"
 #undef SCALAR
 #undef NAMED
+#undef ENTRY
 #undef WIDEN
 #undef NARROW
 
 #define SCALAR bf16
 #define NAMED(name) name##_bf16
+#ifdef PAIRS
+#define ENTRY(name) name##_any_bf16
+#else
+#define ENTRY NAMED
+#endif
 #define WIDEN widen_bf16
 #define NARROW narrow_bf16
 #include "attention.h"
 #include "dropout.h"
+
+#ifdef PAIRS
+#include "attention_pairs.h"
+#endif

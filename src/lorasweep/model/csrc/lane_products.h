@@ -8,12 +8,12 @@
  * A row's result depends on that row and its lane's matrix alone, and a lane's sums over its rows on
  * those rows alone, added from the first to the last: bit for bit, whoever else is there.
  */
-#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
-#include <immintrin.h>
-
+#ifdef PAIRS
 #define COLUMNS 32 /* of a tile: two vectors of floats */
 #define ROWS 8     /* of a tile: with two vectors each, sixteen sums at once */
 #define ROWS_AT_ONCE 512 /* of a lane, for one thread */
+
+typedef uint64_t longs __attribute__((vector_size(64)));
 
 typedef struct {
   int64_t lanes;
@@ -26,22 +26,53 @@ typedef struct {
   int64_t lane, row, column;
 } Matrices;
 
-INLINE __m512 widened(__m256i halves16) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves16), 16));
+/* What dropout leaves out of (rows, width); packed_dropout.py defines it. */
+typedef struct {
+  const int64_t *streams; /* (rows,) */
+  int64_t key;
+  const int16_t *rates; /* of each row, of 256; or NULL for `rate` */
+  int32_t rate;
+} Dropping;
+
+INLINE int32_t limit_of(const Dropping *drop, int64_t row) {
+  return drop->rates ? drop->rates[row] : drop->rate;
 }
 
-INLINE __m512 product_of_pairs(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+/* The random bytes of rows from `row` on, each `apart` from the last, a multiple of 8; none where
+ * nothing is dropped. */
+static void draw_rows(uint8_t *bytes, const Dropping *drop, int64_t row, int64_t rows,
+                      int64_t apart) {
+  for (int64_t m = 0; m < rows; m++)
+    if (limit_of(drop, row + m))
+      random_bytes((uint64_t *)(bytes + m * apart), (uint64_t)drop->streams[row + m],
+                   (uint64_t)drop->key, apart / 8);
 }
 
-/* Numbers of two rows side by side: a0 b0 a1 b1 ... */
-INLINE __m512i in_pairs(__m256i a, __m256i b) {
-  __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_cvtepu16_epi32(b);
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+/* out (rows, apart) = rows of x from `row` on, where kept; columns beyond x's are left alone. */
+static void drop_rows(bf16 *out, uint8_t *bytes, const Dropping *drop, const bf16 *x, int64_t x_row,
+                      int64_t row, int64_t rows, int64_t columns, int64_t apart) {
+  draw_rows(bytes, drop, row, rows, apart);
+  for (int64_t m = 0; m < rows; m++) {
+    int32_t limit = limit_of(drop, row + m);
+    __m256i limits = _mm256_set1_epi8((char)limit);
+    for (int64_t c = 0; c < columns; c += 32) {
+      __mmask32 there = columns - c >= 32 ? 0xFFFFFFFFu : (1u << (columns - c)) - 1;
+      __m256i byte = _mm256_loadu_si256((const __m256i *)(bytes + m * apart + c));
+      __mmask32 kept = limit ? _mm256_cmpge_epu8_mask(byte, limits) : 0xFFFFFFFFu;
+      __m512i found = _mm512_maskz_loadu_epi16(there & kept, x + (row + m) * x_row + c);
+      _mm512_mask_storeu_epi16(out + m * apart + c, there, found);
+    }
+  }
 }
 
-INLINE __mmask16 first_of_16(int64_t count) {
-  return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+/* Which of 32 columns from `column` on, a multiple of 32, are kept of two rows: the first's are the
+ * low bits. seeds: scrambled streams of each, four times. */
+INLINE __mmask64 kept_of_two(longs seeds, __m512i limits, int64_t column) {
+  const longs counter = {1, 2, 3, 4, 1, 2, 3, 4};
+  longs word = (counter + (uint64_t)(column / 8)) * WEYL + seeds;
+  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ull;
+  word = (word ^ (word >> 27)) * 0x94D049BB133111EBull;
+  return _mm512_cmpge_epu8_mask((__m512i)(word ^ (word >> 31)), limits);
 }
 
 /* One lane's matrix, (depth, columns), as [columns / 32][depth / 2][32] pairs, with zeros beyond its
@@ -55,8 +86,7 @@ static void lay_out_pairs(uint32_t *out, Matrices w, int64_t lane, int64_t depth
     if (w.column == 1) {
       for (int64_t d = 0; d < depth; d += 2, to += COLUMNS) {
         const bf16 *at = from + d * w.row + c;
-        __m512i pairs = in_pairs(_mm256_maskz_loadu_epi16(there, at),
-                                 _mm256_maskz_loadu_epi16(there, at + w.row));
+        __m512i pairs = in_pairs(load_halves(there, at), load_halves(there, at + w.row));
         _mm512_storeu_si512(to, pairs);
       }
     } else { /* a pair lies side by side: w.row is 1 */
@@ -86,19 +116,55 @@ typedef struct {
   const float *scale; /* of each row; or NULL */
   int add;            /* to what is in out */
   int64_t depth, columns;
+  const Dropping *of_x, *of_product; /* or NULL; of the product before it is added */
+  /* How much of each lane's matrix isn't 0, (lanes,); or NULL for all. */
+  const int32_t *depths, *widths;
 } Product;
 
-/* Eight rows (of the last ones fewer are kept) by up to 32 columns. */
-INLINE void tile(const Product *p, const uint32_t *pairs, int64_t row, int64_t rows, int64_t column,
+/* Product of one lane: what there is to be multiplied. */
+typedef struct {
+  int64_t depth, columns;
+} Extent;
+
+INLINE Extent extent_of(const Product *p, int64_t lane) {
+  int64_t depth = p->depths ? rounded_up(p->depths[lane], 2) : p->depth;
+  return (Extent){depth, p->widths ? p->widths[lane] : p->columns};
+}
+
+/* What a thread works on. */
+typedef struct {
+  uint32_t *pairs;   /* of the lane's matrix */
+  bf16 *dropped;     /* (ROWS, apart) */
+  uint8_t *bytes;    /* (ROWS, apart): random ones, of x or of the product */
+  int64_t apart;
+  void *memory;
+} Bench;
+
+static int bench_made(Bench *b, const Product *p) {
+  int64_t tiles = (p->columns + COLUMNS - 1) / COLUMNS;
+  int64_t pairs = rounded_up(tiles * p->depth / 2 * COLUMNS * 4, 64);
+  int64_t widest = p->depth > p->columns ? p->depth : p->columns;
+  b->apart = p->of_x || p->of_product ? rounded_up(widest, 64) : 0;
+  b->memory = aligned_alloc(64, (size_t)(pairs + 3 * ROWS * b->apart));
+  if (!b->memory) return 0;
+  b->pairs = b->memory;
+  b->dropped = (bf16 *)((char *)b->memory + pairs);
+  b->bytes = (uint8_t *)(b->dropped + ROWS * b->apart);
+  return 1;
+}
+
+/* Eight rows (of the last ones fewer are kept) by up to 32 columns. at_x: the first of them in x. */
+INLINE void tile(const Product *p, const Bench *b, const uint32_t *pairs, const bf16 *at_x,
+                 int64_t x_row, int64_t row, int64_t rows, int64_t depth, int64_t column,
                  const int vectors) {
   __m512 sum[ROWS][2];
   const bf16 *x[ROWS];
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
-    x[m] = p->x + (row + (m < rows ? m : rows - 1)) * p->x_row;
+    x[m] = at_x + (m < rows ? m : rows - 1) * x_row;
     sum[m][0] = sum[m][1] = _mm512_setzero_ps();
   }
-  for (int64_t d = 0; d < p->depth; d += 2, pairs += COLUMNS) {
+  for (int64_t d = 0; d < depth; d += 2, pairs += COLUMNS) {
     __m512i first = _mm512_loadu_si512(pairs), second = _mm512_loadu_si512(pairs + 16);
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++) {
@@ -118,8 +184,15 @@ INLINE void tile(const Product *p, const uint32_t *pairs, int64_t row, int64_t r
       bf16 *at = p->out + (row + m) * p->out_row + column + 16 * v;
       __m512 found = sum[m][v];
       if (p->scale) found = _mm512_mul_ps(found, _mm512_set1_ps(p->scale[row + m]));
-      if (p->add) found = _mm512_add_ps(found, widened(_mm256_maskz_loadu_epi16(there, at)));
-      _mm256_mask_storeu_epi16(at, there, (__m256i)_mm512_cvtneps_pbh(found));
+      if (p->of_product) {
+        int32_t limit = limit_of(p->of_product, row + m);
+        const uint8_t *byte = b->bytes + m * b->apart + column + 16 * v;
+        __mmask16 kept = _mm_cmpge_epu8_mask(_mm_loadu_si128((const __m128i *)byte),
+                                             _mm_set1_epi8((char)limit));
+        if (limit) found = _mm512_maskz_mov_ps(kept, found);
+      }
+      if (p->add) found = _mm512_add_ps(found, widened(load_halves(there, at)));
+      store_halves(at, there, found);
     }
   }
 }
@@ -141,38 +214,54 @@ static int64_t longest_of(const Lanes *lanes) {
   return longest;
 }
 
+/* Eight rows of a lane, or the fewer that are left, by all columns. */
+INLINE void product_of_rows(const Product *p, const Bench *b, Extent of, int64_t row,
+                            int64_t rows) {
+  const bf16 *x = p->x + row * p->x_row;
+  int64_t x_row = p->x_row;
+  if (p->of_x) {
+    drop_rows(b->dropped, b->bytes, p->of_x, p->x, p->x_row, row, rows, p->depth, b->apart);
+    x = b->dropped;
+    x_row = b->apart;
+  }
+  if (p->of_product) draw_rows(b->bytes, p->of_product, row, rows, b->apart);
+  for (int64_t column = 0; column < of.columns; column += COLUMNS) {
+    const uint32_t *pairs = b->pairs + column / COLUMNS * (of.depth / 2 * COLUMNS);
+    if (of.columns - column > 16)
+      tile(p, b, pairs, x, x_row, row, rows, of.depth, column, 2);
+    else
+      tile(p, b, pairs, x, x_row, row, rows, of.depth, column, 1);
+  }
+  int64_t written = rounded_up(of.columns, 16);
+  if (written < p->columns && !p->add)
+    for (int64_t m = 0; m < rows; m++)
+      memset(p->out + (row + m) * p->out_row + written, 0,
+             (size_t)(p->columns - written) * sizeof(bf16));
+}
+
 /* out = scale * (x @ w[lane]) for each lane's rows, or added to out. 0 where memory is lacking.
  * w: (lanes, depth, columns); depth is even, and w's rows or its columns lie side by side. */
 int lane_product_bf16(const Product *p, const Matrices *w, const Lanes *lanes, int threads) {
   int done = 1;
-  int64_t tiles = (p->columns + COLUMNS - 1) / COLUMNS;
   int64_t parts = (longest_of(lanes) + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   threads = team(threads, lanes->lanes * parts);
 #pragma omp parallel num_threads(threads) reduction(&& : done)
   {
-    uint32_t *pairs = NULL; /* of threads that have anything to do */
+    Bench b = {0}; /* of threads that have anything to do */
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < lanes->lanes * parts; unit++) {
       int64_t lane = unit / parts, end = lanes->ends[lane];
       int64_t row = first_row(lanes, lane) + unit % parts * ROWS_AT_ONCE;
       if (!done || row >= end) continue;
-      if (!pairs) pairs = aligned_alloc(64, (size_t)(tiles * p->depth / 2 * COLUMNS * 4));
-      done = pairs != NULL;
+      if (!b.memory) done = bench_made(&b, p);
       if (!done) continue;
       if (end > row + ROWS_AT_ONCE) end = row + ROWS_AT_ONCE;
-      lay_out_pairs(pairs, *w, lane, p->depth, p->columns);
-      for (; row < end; row += ROWS) {
-        int64_t rows = end - row < ROWS ? end - row : ROWS;
-        for (int64_t t = 0; t < tiles; t++) {
-          const uint32_t *of_tile = pairs + t * (p->depth / 2 * COLUMNS);
-          if (p->columns - t * COLUMNS > 16)
-            tile(p, of_tile, row, rows, t * COLUMNS, 2);
-          else
-            tile(p, of_tile, row, rows, t * COLUMNS, 1);
-        }
-      }
+      Extent of = extent_of(p, lane);
+      lay_out_pairs(b.pairs, *w, lane, of.depth, of.columns);
+      for (; row < end; row += ROWS)
+        product_of_rows(p, &b, of, row, end - row < ROWS ? end - row : ROWS);
     }
-    free(pairs);
+    free(b.memory);
   }
   return done;
 }
@@ -183,20 +272,35 @@ typedef struct {
   int64_t left_row, narrow;
   const bf16 *right; /* (rows, wide) */
   int64_t right_row, wide;
+  const Dropping *of_right; /* or NULL */
+  const int32_t *narrows;   /* how many of each lane's left columns aren't 0; or NULL for all */
 } Outer;
 
-/* Up to 32 columns of rows first to end, two rows in a pair; zeros beside the last of an odd
- * number and beyond the last column. */
-static void lay_out_rows(uint32_t *out, const bf16 *x, int64_t x_row, int64_t first, int64_t end,
-                         int64_t column, int64_t columns) {
+/* Up to 32 columns of rows first to end, where kept, two rows in a pair; zeros beside the last of an
+ * odd number and beyond the last column. drop: or NULL. */
+INLINE void lay_out_rows(uint32_t *out, const bf16 *x, int64_t x_row, int64_t first, int64_t end,
+                         int64_t column, int64_t columns, const Dropping *drop) {
   __mmask16 there[2] = {first_of_16(columns - column), first_of_16(columns - column - 16)};
-  for (int64_t row = first; row < end; row += 2)
+  for (int64_t row = first; row < end; row += 2) {
+    int64_t second = row + 1 < end ? row + 1 : row;
+    __mmask64 kept = ~(__mmask64)0;
+    if (drop) {
+      uint64_t a = scrambled((uint64_t)(drop->streams[row] ^ drop->key));
+      uint64_t b = scrambled((uint64_t)(drop->streams[second] ^ drop->key));
+      __m256i low = _mm256_set1_epi8((char)limit_of(drop, row));
+      __m256i high = _mm256_set1_epi8((char)limit_of(drop, second));
+      kept = kept_of_two((longs){a, a, a, a, b, b, b, b},
+                         _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), column);
+    }
     for (int v = 0; v < 2; v++, out += 16) {
       const bf16 *at = x + row * x_row + column + 16 * v;
-      __mmask16 of_second = row + 1 < end ? there[v] : 0;
-      _mm512_storeu_si512(out, in_pairs(_mm256_maskz_loadu_epi16(there[v], at),
+      __mmask16 of_first = there[v] & (__mmask16)(kept >> 16 * v);
+      __mmask16 of_second = there[v] & (__mmask16)(kept >> (32 + 16 * v));
+      if (second == row) of_second = 0;
+      _mm512_storeu_si512(out, in_pairs(_mm256_maskz_loadu_epi16(of_first, at),
                                         _mm256_maskz_loadu_epi16(of_second, at + x_row)));
     }
+  }
 }
 
 /* Eight of the narrow columns by 32 of the wide ones, summed over all pairs of rows. */
@@ -239,14 +343,16 @@ int lane_outer_bf16(const Outer *o, const Lanes *lanes, int threads) {
       done = scratch != NULL;
       if (!done) continue;
       uint32_t *wide = scratch + narrow_tiles * tile_size;
-      for (int64_t t = 0; t < narrow_tiles; t++)
+      int64_t narrow = o->narrows ? o->narrows[lane] : o->narrow;
+      for (int64_t t = 0; t * COLUMNS < narrow; t++)
         lay_out_rows(scratch + t * tile_size, o->left, o->left_row, first, end, t * COLUMNS,
-                     o->narrow);
+                     o->narrow, NULL);
       for (int64_t t = wide_tiles * part / parts; t < wide_tiles * (part + 1) / parts; t++) {
-        lay_out_rows(wide, o->right, o->right_row, first, end, t * COLUMNS, o->wide);
+        lay_out_rows(wide, o->right, o->right_row, first, end, t * COLUMNS, o->wide, o->of_right);
         for (int64_t n = 0; n < o->narrow; n += ROWS) {
           __m512 sum[ROWS][2];
-          outer_tile(sum, scratch + n / COLUMNS * tile_size + n % COLUMNS, wide, pairs);
+          outer_tile(sum, scratch + n / COLUMNS * tile_size + n % COLUMNS, wide,
+                     n < narrow ? pairs : 0);
           for (int m = 0; m < ROWS && n + m < o->narrow; m++)
             for (int v = 0; v < 2; v++) {
               int64_t column = t * COLUMNS + 16 * v;
