@@ -8,7 +8,7 @@ python benchmarks/peak.py --steps 4 --lanes 2 --repeats 1
 After every eighth step of the pack, torch multiplies matrices of the pack's own shapes and dtype: T
 tokens by the base's weights, T being the median step's tokens. The first steps, in which oneDNN
 compiles and the heap grows, don't count. The peak is the rate of the fastest
-shape, by torch.mm or F.linear, whichever is faster. Only useful operations count for the pack:
+shape, by torch.mm, by F.linear or by a weight laid out before as the pack's are, whichever is fastest. Only useful operations count for the pack:
 useful_flops.py says which, and torch's own counter agrees with it on the plain PEFT model.
 """
 
@@ -48,6 +48,9 @@ class Products:
 
     def __init__(self, tokens: int, shape: Shape, dtype: Any, device: Any) -> None:
         import torch
+        from torch import nn
+
+        from lorasweep.model.frozen_linear import FrozenLinear
 
         d, f = shape.hidden, shape.inner
         self.tokens = tokens
@@ -57,18 +60,22 @@ class Products:
         for name, (inside, outside) in {"square": (d, d), "up": (d, f), "down": (f, d)}.items():
             left = torch.randn(tokens, inside, dtype=dtype, device=device)
             right = torch.randn(inside, outside, dtype=dtype, device=device)
-            self._operands[name] = (left, right, right.t().contiguous())
+            layer = nn.Linear(inside, outside, bias=False, device=device, dtype=dtype)
+            laid_out = FrozenLinear(layer.requires_grad_(False))
+            laid_out.lay_out()
+            self._operands[name] = (left, right, right.t().contiguous(), laid_out)
 
     def measure(self) -> None:
-        """Time each shape once more, by the faster of torch's two ways."""
+        """Time each shape once more, by the fastest of torch's ways."""
         import torch
         import torch.nn.functional as F
 
-        for name, (left, right, turned) in self._operands.items():
+        for name, (left, right, turned, laid_out) in self._operands.items():
             operations = 2 * left.shape[0] * left.shape[1] * right.shape[1]
             ways: list[Callable[[], Any]] = [
                 lambda a=left, b=right: torch.mm(a, b),
                 lambda a=left, b=turned: F.linear(a, b),
+                lambda a=left, b=laid_out: b.product(a),
             ]
             seconds = min(self._seconds(way) for way in ways)
             self.rates.setdefault(name, []).append(operations / seconds)

@@ -107,7 +107,8 @@ def test_the_frozen_base_is_nothing_that_a_lane_takes():
         labels=np.array([1]),
     )
     engine = PackedEngine(base, one, one, SETTINGS, 3)
-    frozen = sum(tensor.nbytes for tensor in engine.model.model.base_model.encoder.parameters())
+    encoder = fresh_classifier(base, 0).model.base_model.encoder
+    frozen = sum(tensor.nbytes for tensor in encoder.parameters())
     assert bytes_of(engine) < frozen / 2
 
 

@@ -18,7 +18,19 @@ from lorasweep.engines.packing import Progress
 from lorasweep.model import packed_modules
 from lorasweep.model.packed_dropout import Mask, lane_key, module_key, rate_byte, token_keys
 
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linear", "matmul", "mv", "dot"}
+OF_BASE = "_linear_pointwise"  # by weights laid out before
+PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_grouped_mm",
+    "linear",
+    "matmul",
+    "mv",
+    "dot",
+    OF_BASE,
+}
 QUERY, VALUE = (f"bert.encoder.layer.{{}}.attention.self.{name}" for name in ("query", "value"))
 
 
@@ -69,6 +81,7 @@ def test_a_step_of_eight_lanes_has_the_products_of_a_step_of_two(
 
     two, eight = products(2), products(8)
     assert two["_grouped_mm"] > 0
+    assert two[OF_BASE] > 20  # six linear layers in each of two, forth and back
     if kernels == "torch":  # more rows may fall into more buckets, each with its own products
         two.pop("bmm", 0), eight.pop("bmm", 0)
     assert eight == two

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from fenced import at_the_end_of_memory
 
 from lorasweep.model import kernel_build, kernels, packed_attention
 from lorasweep.model.kernel_build import KernelBuildError, built_kernels
@@ -18,9 +19,9 @@ from lorasweep.model.packed_dropout import Mask, kept_bits, masked
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import make_buckets
 
-LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17, 71])
+LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17, 131])  # the last are more than two blocks of 64
 TOKENS = int(LENGTHS.sum())
-# bfloat16 keeps 8 bits: the plain path rounds scores and weights to it, the compiled one doesn't.
+# bfloat16 keeps 8 bits: the plain path rounds scores and weights to it, the compiled one weights.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 
@@ -80,7 +81,7 @@ def vectors(request, monkeypatch):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("first_only", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 20])
-@pytest.mark.parametrize(("width", "rate"), [(8, 0.0), (32, 0.3), (20, 0.1), (64, 0.1)])
+@pytest.mark.parametrize(("width", "rate"), [(8, 0.0), (32, 0.3), (20, 0.1), (5, 0.1), (66, 0.1)])
 def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, window, width, rate):
     dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
     given = inputs(first_only, width, dtype)
@@ -94,6 +95,53 @@ def test_attention_and_its_gradients_are_those_of_torch(dtype, first_only, windo
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("width", [32, 20])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_bfloat16_is_at_least_as_exact_as_with_torchs_operations(rate, width):
+    dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
+    given = inputs(False, width, torch.bfloat16)
+    upstream = torch.randn(TOKENS, 3, width, generator=torch.Generator().manual_seed(2))
+    upstream = upstream.bfloat16()
+    buckets = make_buckets(LENGTHS, torch.device("cpu"))
+
+    def found(apply, given, laid) -> list[torch.Tensor]:
+        out = apply(*given, width**-0.5, laid, dropout, None)
+        gradients = torch.autograd.grad(out, given, upstream.to(out.dtype))
+        return [x.double() for x in (out.detach(), *gradients)]
+
+    exact = [x.detach().double().requires_grad_() for x in given]
+    true = found(RowAttention.apply, exact, buckets)
+    plain, compiled = (
+        found(RowAttention.apply, given, buckets),
+        found(CompiledAttention.apply, given, places(False)),
+    )
+    for right, theirs, ours in zip(true, plain, compiled, strict=True):
+        assert (ours - right).pow(2).mean() <= 1.05 * (theirs - right).pow(2).mean()
+        assert 0 < (ours - right).abs().max() <= 1.5 * (theirs - right).abs().max()
+
+
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("width", [5, 8, 20, 32, 40])
+def test_nothing_is_touched_behind_the_last_number(width, rate, dtype):
+    """A process that does is killed."""
+    given = inputs(False, width, dtype)
+    fenced = [at_the_end_of_memory(x.detach().contiguous()).requires_grad_() for x in given]
+    streams = torch.arange(TOKENS) * 7919 + 5
+    found = []
+    for arrays, of in ((given, streams), (fenced, at_the_end_of_memory(streams))):
+        dropout = AttentionDropout(of, 77, rate) if rate else None
+        out = CompiledAttention.apply(*arrays, 0.5, places(False), dropout, None)
+        upstream = torch.linspace(-1, 1, out.numel()).to(dtype).view(out.shape)
+        if arrays is fenced:
+            upstream = at_the_end_of_memory(upstream)
+        found.append((out.detach(), *torch.autograd.grad(out, arrays, upstream)))
+    for free, behind_a_fence in zip(*found, strict=True):
+        assert torch.equal(free, behind_a_fence)
 
 
 @pytest.mark.usefixtures("vectors")
@@ -143,7 +191,9 @@ def test_scores_that_differ_by_hundreds_are_weighed_as_torch_weighs_them(window)
         torch.autograd.grad(compiled, given, upstream),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+        # Scores of thousands in float32: weights of keys that nearly tie are good to 1e-3.
+        apart = 5e-3 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=apart)
 
 
 def test_few_rows_are_shared_out_by_heads(monkeypatch):

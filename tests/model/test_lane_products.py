@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fenced import at_the_end_of_memory
 from torch import Tensor
 
 from lorasweep.model import grouped_products, kernel_build
@@ -18,6 +17,7 @@ from lorasweep.model.kernel_build import built_kernels
 from lorasweep.model.kernel_library import Kernels
 from lorasweep.model.kernels import loaded_kernels
 from lorasweep.model.lane_spans import LaneSpans
+from lorasweep.model.packed_dropout import Mask
 
 ROWS = (9, 0, 1, 600, 16, 7)  # of each lane: 600 are more than one thread takes at once
 BF16 = torch.bfloat16
@@ -178,20 +178,6 @@ def test_neighbours_and_threads_change_no_bit(threads, monkeypatch):
         torch.testing.assert_close(outer[lane], sums, rtol=apart, atol=apart)
 
 
-def at_the_end_of_memory(tensor: Tensor) -> Tensor:
-    """Copy a tensor to where the next byte may be neither read nor written."""
-    page = mmap.PAGESIZE
-    room = -(-tensor.nbytes // page) * page
-    pages = mmap.mmap(-1, room + page)
-    at = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(at + room), ctypes.c_size_t(page), 0):
-        raise OSError("mprotect failed")
-    flat = torch.frombuffer(
-        pages, dtype=tensor.dtype, count=tensor.numel(), offset=room - tensor.nbytes
-    )
-    return flat.view(tensor.shape).copy_(tensor)
-
-
 @pytest.mark.parametrize("columns", [1, 5, 16, 18, 33, 48])
 @pytest.mark.parametrize("inner", [2, 34])
 def test_nothing_is_touched_behind_the_last_number(columns, inner):
@@ -213,6 +199,115 @@ def test_nothing_is_touched_behind_the_last_number(columns, inner):
         assert torch.equal(found, expected)
     outer = grouped_outer(at_the_end_of_memory(x), at_the_end_of_memory(y), SPANS)
     assert torch.equal(outer, grouped_outer(x, y, SPANS))
+    mask = mask_of("of each row")
+    fenced_mask = Mask(at_the_end_of_memory(mask.streams), 9, at_the_end_of_memory(mask.rate))
+    matrices = matrices_of(inner, columns, False)
+    for name in ("x_mask", "mask"):
+        expected = grouped_product(x, matrices, SPANS, **{name: mask})
+        fenced = at_the_end_of_memory(x), at_the_end_of_memory(matrices)
+        assert torch.equal(grouped_product(*fenced, SPANS, **{name: fenced_mask}), expected)
+    fenced = at_the_end_of_memory(y), at_the_end_of_memory(x)
+    outer = grouped_outer(*fenced, SPANS, right_mask=fenced_mask)
+    assert torch.equal(outer, grouped_outer(y, x, SPANS, right_mask=mask))
+
+
+RATES = torch.tensor([0, 1, 40, 128, 255], dtype=torch.int16)
+
+
+def mask_of(rate: str) -> Mask:
+    rows = sum(ROWS)
+    each = RATES[torch.arange(rows) % len(RATES)].unsqueeze(1)
+    return Mask(torch.arange(rows) * 7919 - 5, 9, each if rate == "of each row" else 40)
+
+
+@pytest.mark.parametrize("rate", ["one", "of each row"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "columns"), [(384, 32), (32, 384), (50, 18), (100, 33), (2, 5), (7, 16)]
+)
+def test_dropout_inside_a_product_is_that_before_it_or_behind_it(inner, columns, transposed, rate):
+    x, matrices = drawn(sum(ROWS), inner), matrices_of(inner, columns, transposed)
+    mask, scaling = mask_of(rate), torch.linspace(0.5, 2, sum(ROWS)).unsqueeze(1)
+    before = grouped_product(x, matrices, SPANS, scaling=scaling, x_mask=mask)
+    assert torch.equal(before, grouped_product(mask.applied(x), matrices, SPANS, scaling=scaling))
+    behind = grouped_product(x, matrices, SPANS, scaling=scaling, mask=mask)
+    expected = mask.applied(grouped_product(x, matrices, SPANS, scaling=scaling))
+    assert torch.equal(behind, expected)
+    assert not torch.equal(before, behind)
+    # What it is added to is not dropped.
+    onto = torch.full_like(behind, 2.0**-100)
+    grouped_product(x, matrices, SPANS, scaling=scaling, onto=onto, mask=mask)
+    assert torch.equal(onto, torch.where(expected == 0, 2.0**-100, expected))
+
+
+@pytest.mark.parametrize("rate", ["one", "of each row"])
+@pytest.mark.parametrize(("left", "right"), [(32, 384), (384, 32), (18, 50), (33, 100), (1, 5)])
+def test_dropout_inside_a_sum_over_rows_is_that_before_it(left, right, rate):
+    x, y, mask = drawn(sum(ROWS), left), drawn(sum(ROWS), right, seed=1), mask_of(rate)
+    found = grouped_outer(x, y, SPANS, right_mask=mask)
+    assert torch.equal(found, grouped_outer(x, mask.applied(y), SPANS))
+    assert not torch.equal(found, grouped_outer(x, y, SPANS))
+
+
+def test_what_is_dropped_may_be_no_number():
+    x, matrices, mask = drawn(sum(ROWS), 64), matrices_of(64, 64, False), mask_of("one")
+    dropped = mask.applied(torch.ones_like(x)) == 0
+    x[dropped] = torch.nan
+    assert grouped_product(x, matrices, SPANS, x_mask=mask).isfinite().all()
+    assert grouped_outer(drawn(sum(ROWS), 8), x, SPANS, right_mask=mask).isfinite().all()
+    product = grouped_product(x, matrices, SPANS, mask=mask)
+    assert torch.equal(product.isfinite(), dropped | ~x.isnan().any(1, keepdim=True))
+
+
+RANKS = torch.tensor([4, 8, 0, 16, 20, 3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wide", [384, 50])
+def test_what_a_lane_leaves_empty_is_not_multiplied(wide, transposed):
+    """LoRA's matrices are as wide as the highest rank of all lanes."""
+    kernels = loaded_kernels()
+    empty = torch.arange(20) >= RANKS[:, None]
+    down, up = matrices_of(wide, 20, transposed), matrices_of(20, wide, transposed)
+    down.masked_fill_(empty[:, None, :], 0)
+    up.masked_fill_(empty[:, :, None], 0)
+    x = drawn(sum(ROWS), wide)
+    narrow = grouped_product(x, down, SPANS)
+    y, sums = grouped_product(narrow, up, SPANS), grouped_outer(narrow, x, SPANS)
+    if kernels is not None and kernels.sums(x):
+        # Nobody looks there, but for the second of a pair: NaNs change nothing.
+        empty = torch.arange(20) >= RANKS[:, None] + RANKS[:, None] % 2
+        down.masked_fill_(empty[:, None, :], torch.nan)
+        up.masked_fill_(empty[:, :, None], torch.nan)
+    assert torch.equal(grouped_product(x, down, SPANS, widths=RANKS), narrow)
+    assert torch.equal(grouped_product(narrow, up, SPANS, depths=RANKS), y)
+    onto = grouped_product(narrow, up, SPANS, depths=RANKS, onto=drawn(sum(ROWS), wide, seed=3))
+    assert onto.isfinite().all()
+    assert torch.equal(grouped_outer(narrow, x, SPANS, narrows=RANKS), sums)
+    assert torch.equal(grouped_outer(x, narrow, SPANS, narrows=RANKS), sums.transpose(1, 2))
+
+
+def test_sizes_and_streams_that_dont_fit_are_refused():
+    kernels = Kernels(built_kernels())
+    x, y, matrices, ends = drawn(633, 8), drawn(633, 4), matrices_of(8, 4, False), SPANS.ends
+    good = mask_of("of each row")
+    for sizes in (RANKS, -RANKS, RANKS.clamp(max=4).long(), RANKS[:2], RANKS.repeat(2)[::2]):
+        with pytest.raises(ValueError, match="sizes: expected"):
+            kernels.product(x, matrices, ends, widths=sizes)
+        with pytest.raises(ValueError, match="sizes: expected"):
+            kernels.outer(y, x, ends, None, sizes)
+    for mask in (
+        Mask(good.streams[1:], 9, 40),
+        Mask(good.streams.int(), 9, 40),
+        Mask(good.streams.repeat(2)[::2], 9, 40),
+        Mask(good.streams, 9, RATES),
+        Mask(good.streams, 9, good.rate.long()),
+    ):
+        for told in ({"x_mask": mask}, {"mask": mask}):
+            with pytest.raises(ValueError, match=r"(streams|rates): expected"):
+                kernels.product(x, matrices, ends, **told)
+        with pytest.raises(ValueError, match=r"(streams|rates): expected"):
+            kernels.outer(y, x, ends, mask)
 
 
 def test_what_doesnt_fit_together_is_refused():
