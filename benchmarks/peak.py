@@ -7,8 +7,9 @@ python benchmarks/peak.py --steps 4 --lanes 2 --repeats 1
 
 After every eighth step of the pack, torch multiplies matrices of the pack's own shapes and dtype: T
 tokens by the base's weights, T being the median step's tokens. The first steps, in which oneDNN
-compiles and the heap grows, don't count. The peak is the rate of the fastest
-shape, by torch.mm, by F.linear or by a weight laid out before as the pack's are, whichever is fastest. Only useful operations count for the pack:
+compiles and the heap grows, don't count. The peak is the rate of the fastest shape, by torch.mm, by
+F.linear or by a weight laid out before, as the pack's are, whichever is fastest. Only useful
+operations count for the pack:
 useful_flops.py says which, and torch's own counter agrees with it on the plain PEFT model.
 """
 
