@@ -36,6 +36,9 @@ CONTENDERS = {
     "whole passes": Contender(
         functools.partial(packed, whole=True), "all rows through the base in one piece"
     ),
+    "weights not laid out": Contender(
+        functools.partial(packed, laid_out=False), "torch lays weights out anew in each product"
+    ),
     "no dropout": Contender(
         functools.partial(packed, base_dropout=0.0, dropout=0.0),
         "without the base's and the adapters' dropout; they learn otherwise: time only",

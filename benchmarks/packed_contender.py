@@ -52,6 +52,7 @@ def packed(
     packs: Literal["refilled", "fixed", "of equal epochs"] = "refilled",
     padded: Literal["lane", "pack"] | None = None,
     whole: bool = False,
+    laid_out: bool = True,
 ) -> dict[str, Any]:
     """Run the packed engine; each argument switches one thing off.
 
@@ -68,10 +69,14 @@ def packed(
         padded: Pad each row to its lane's longest, or its pack's. The model sees the padding as
             words, so the scores mean nothing: only the time is that of a padded engine.
         whole: Each pass goes through the base in one piece, instead of in halves.
+        laid_out: Whether the base's weights are laid out once; else in each product.
     """
     base, train, validation = opened(work, base_dropout)
     from lorasweep.engines.packed import PackedEngine
+    from lorasweep.model import frozen_linear
 
+    if not laid_out:
+        frozen_linear.lays_out = lambda _: False
     settings = EngineSettings(precision=precision, eval_batch_size=EVAL_BATCH_SIZE)
     engine = PackedEngine(base, train, validation, settings, lanes or work.lanes)
     if whole:
