@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ from fenced import at_the_end_of_memory
 
 from lorasweep.model import kernel_build, kernels, packed_attention
 from lorasweep.model.kernel_build import KernelBuildError, built_kernels
-from lorasweep.model.kernel_library import Kernels, RowPlaces
+from lorasweep.model.kernel_library import Attending, Kernels, RowPlaces
 from lorasweep.model.kernels import kernels_for, loaded_kernels, why_no_kernels
 from lorasweep.model.packed_attention import CompiledAttention
 from lorasweep.model.packed_dropout import Mask, kept_bits, masked
 from lorasweep.model.row_attention import AttentionDropout, RowAttention
 from lorasweep.model.row_buckets import make_buckets
 
-LENGTHS = np.array([7, 1, 26, 12, 2, 40, 17, 131])  # the last are more than two blocks of 64
+# One takes more than two blocks of 64.
+LENGTHS = np.array([7, 1, 26, 12, 2, 40, 131, 17])
 TOKENS = int(LENGTHS.sum())
 # bfloat16 keeps 8 bits: the plain path rounds scores and weights to it, the compiled one weights.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -67,14 +69,45 @@ def inputs(first_only: bool, width: int, dtype: torch.dtype) -> list[torch.Tenso
     return [x.detach().requires_grad_() for x in (query, key, value)]
 
 
-@pytest.fixture(params=["as this machine has them", "eight numbers wide"])
+LESS = {"no pairs": "-mno-avx512bf16", "eight numbers wide": "-mno-avx512f"}
+
+
+def kernels_with_less(monkeypatch: pytest.MonkeyPatch, less: str) -> Kernels:
+    monkeypatch.setattr(kernel_build, "_FLAGS", (*kernel_build._FLAGS, LESS[less]))
+    return Kernels(built_kernels())
+
+
+@pytest.fixture(params=["as this machine has them", *LESS])
 def vectors(request, monkeypatch):
-    """Attention by vectors of either width: sixteen numbers need AVX-512."""
-    if request.param == "eight numbers wide":
-        flags = (*kernel_build._FLAGS, "-mno-avx512f")
-        monkeypatch.setattr(kernel_build, "_FLAGS", flags)
-        narrow = Kernels(built_kernels())
-        monkeypatch.setattr(packed_attention, "kernels_for", lambda _: narrow)
+    """Attention as any processor does it: vectors of sixteen, and pairs, take AVX-512."""
+    if request.param in LESS:
+        less = kernels_with_less(monkeypatch, request.param)
+        monkeypatch.setattr(packed_attention, "kernels_for", lambda _: less)
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_pairs_are_multiplied_where_the_processor_can_and_the_width_is_even(width, monkeypatch):
+    query, key, value = (x.detach() for x in inputs(False, width, torch.bfloat16))
+    how = Attending(0.5)
+    here, _ = Kernels(built_kernels()).attend(query, key, value, places(False), how)
+    less = kernels_with_less(monkeypatch, "no pairs")
+    without, _ = less.attend(query, key, value, places(False), how)
+    can = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert torch.equal(here, without) == (width == 5 or not can)
+
+
+def test_a_row_that_nobody_asks_leaves_no_gradient():
+    query, key, value = (x.detach() for x in inputs(False, 8, torch.bfloat16))
+    laid = places(False)
+    counts = laid.query_count.clone()
+    counts[2] = 0
+    laid = dataclasses.replace(laid, query_count=counts)
+    kernels, how = Kernels(built_kernels()), Attending(0.5)
+    _, sums = kernels.attend(query, key, value, laid, how)
+    found = kernels.attend_backward(query, sums, query, key, value, laid, how, key_wanted=True)
+    for gradient in found[1:]:
+        assert (gradient[8:34] == 0).all()
+        assert not (gradient[:8] == 0).all()
 
 
 @pytest.mark.usefixtures("vectors")
@@ -125,21 +158,27 @@ def test_bfloat16_is_at_least_as_exact_as_with_torchs_operations(rate, width):
 
 @pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("width", [5, 8, 20, 32, 40])
-def test_nothing_is_touched_behind_the_last_number(width, rate, dtype):
+@pytest.mark.parametrize(("rate", "window"), [(0.0, None), (0.3, 3)])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("width", [5, 8, 20, 32, 40, 66])
+def test_nothing_is_touched_behind_the_last_number(
+    width, first_only, rate, window, dtype, monkeypatch
+):
     """A process that does is killed."""
-    given = inputs(False, width, dtype)
+    given, empty = inputs(first_only, width, dtype), torch.empty
     fenced = [at_the_end_of_memory(x.detach().contiguous()).requires_grad_() for x in given]
     streams = torch.arange(TOKENS) * 7919 + 5
     found = []
     for arrays, of in ((given, streams), (fenced, at_the_end_of_memory(streams))):
         dropout = AttentionDropout(of, 77, rate) if rate else None
-        out = CompiledAttention.apply(*arrays, 0.5, places(False), dropout, None)
-        upstream = torch.linspace(-1, 1, out.numel()).to(dtype).view(out.shape)
-        if arrays is fenced:
-            upstream = at_the_end_of_memory(upstream)
-        found.append((out.detach(), *torch.autograd.grad(out, arrays, upstream)))
+        upstream = torch.linspace(-1, 1, given[0].numel()).to(dtype).view(given[0].shape)
+        with monkeypatch.context() as patched:
+            if arrays is fenced:
+                upstream = at_the_end_of_memory(upstream)
+                made = lambda *a, **k: at_the_end_of_memory(empty(*a, **k))  # noqa: E731
+                patched.setattr(torch, "empty", made)
+            out = CompiledAttention.apply(*arrays, 0.5, places(first_only), dropout, window)
+            found.append((out.detach(), *torch.autograd.grad(out, arrays, upstream)))
     for free, behind_a_fence in zip(*found, strict=True):
         assert torch.equal(free, behind_a_fence)
 
@@ -150,9 +189,11 @@ def test_nothing_is_touched_behind_the_last_number(width, rate, dtype):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "upstream"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_nan_stays_in_its_row(poison, poisoned, rate, window, dtype, monkeypatch):
+@pytest.mark.parametrize("row", [2, 6])
+def test_a_nan_stays_in_its_row(row, poison, poisoned, rate, window, dtype, monkeypatch):
     # One thread uses the same scratch memory for all rows; shorter ones follow the poisoned one.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    inside = slice(*(int(LENGTHS[:to].sum()) for to in (row, row + 1)))
     dropout = AttentionDropout(torch.arange(TOKENS) * 7919 + 5, 77, rate) if rate else None
     upstream = torch.randn(TOKENS, 3, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
 
@@ -161,17 +202,17 @@ def test_a_nan_stays_in_its_row(poison, poisoned, rate, window, dtype, monkeypat
         arrays = {"query": query, "key": key, "value": value, "upstream": upstream.clone()}
         if not clean:
             with torch.no_grad():
-                arrays[poisoned][8:34] = poison  # the third row
+                arrays[poisoned][inside] = poison
         given = (query, key, value)
         out = CompiledAttention.apply(*given, 0.5, places(False), dropout, window)
         return [out, *torch.autograd.grad(out, given, arrays["upstream"])]
 
     outside = torch.ones(TOKENS, dtype=torch.bool)
-    outside[8:34] = False
+    outside[inside] = False
     spoiled = found(clean=False)
     for with_it, without in zip(spoiled, found(clean=True), strict=True):
         assert torch.equal(with_it[outside], without[outside])
-    assert not all(each[8:34].isfinite().all() for each in spoiled)
+    assert not all(each[inside].isfinite().all() for each in spoiled)
 
 
 @pytest.mark.usefixtures("vectors")
@@ -191,9 +232,25 @@ def test_scores_that_differ_by_hundreds_are_weighed_as_torch_weighs_them(window)
         torch.autograd.grad(compiled, given, upstream),
         strict=True,
     ):
-        # Scores of thousands in float32: weights of keys that nearly tie are good to 1e-3.
+        few = slice(0, int(LENGTHS[:6].sum()))
+        torch.testing.assert_close(found[few], expected[few], rtol=1e-3, atol=1e-2)
+        # Among many keys some nearly tie: their weights are good to 1e-3, with scores of thousands.
         apart = 5e-3 * float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=apart)
+
+
+@pytest.mark.usefixtures("vectors")
+def test_large_scores_are_weighed_in_bfloat16_too():
+    given = inputs(False, 8, torch.bfloat16)
+    with torch.no_grad():
+        given[0][::3] *= 64.0
+        given[1][::5] *= 8.0
+    exact = [x.detach().double() for x in given]
+    buckets = make_buckets(LENGTHS, torch.device("cpu"))
+    expected = RowAttention.apply(*exact, 0.5, buckets, None, None)
+    found = CompiledAttention.apply(*given, 0.5, places(False), None, None)
+    apart = (found.detach().double() - expected).abs()
+    assert (apart <= 2**-6 * expected.abs() + 2e-2).all()
 
 
 def test_few_rows_are_shared_out_by_heads(monkeypatch):

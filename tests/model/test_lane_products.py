@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ from fenced import at_the_end_of_memory
 from torch import Tensor
 
 from lorasweep.model import grouped_products, kernel_build
+from lorasweep.model.frozen_linear import FrozenLinear
 from lorasweep.model.grouped_products import grouped_outer, grouped_product
 from lorasweep.model.kernel_build import built_kernels
 from lorasweep.model.kernel_library import Kernels
 from lorasweep.model.kernels import loaded_kernels
 from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.packed_dropout import Mask
+from lorasweep.model.packed_products import Adapting, adapted_linear
 
 ROWS = (9, 0, 1, 600, 16, 7)  # of each lane: 600 are more than one thread takes at once
 BF16 = torch.bfloat16
@@ -263,37 +266,74 @@ RANKS = torch.tensor([4, 8, 0, 16, 20, 3], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("wide", [384, 50])
-def test_what_a_lane_leaves_empty_is_not_multiplied(wide, transposed):
+@pytest.mark.parametrize("wide", [384, 50, 20, 16, 6])  # some narrower than the highest rank
+def test_what_a_lane_leaves_empty_is_not_multiplied(wide, transposed, monkeypatch):
     """LoRA's matrices are as wide as the highest rank of all lanes."""
     kernels = loaded_kernels()
     empty = torch.arange(20) >= RANKS[:, None]
     down, up = matrices_of(wide, 20, transposed), matrices_of(20, wide, transposed)
     down.masked_fill_(empty[:, None, :], 0)
     up.masked_fill_(empty[:, :, None], 0)
-    x = drawn(sum(ROWS), wide)
-    narrow = grouped_product(x, down, SPANS)
-    y, sums = grouped_product(narrow, up, SPANS), grouped_outer(narrow, x, SPANS)
+    x, mask, held = drawn(sum(ROWS), wide), mask_of("of each row"), drawn(sum(ROWS), wide, seed=3)
+    narrow = grouped_product(x, down, SPANS, x_mask=mask)
+    y, sums = grouped_product(narrow, up, SPANS), grouped_outer(narrow, x, SPANS, right_mask=mask)
+    expected = grouped_product(narrow, up, SPANS, onto=held.clone(), mask=mask)
     if kernels is not None and kernels.sums(x):
         # Nobody looks there, but for the second of a pair: NaNs change nothing.
         empty = torch.arange(20) >= RANKS[:, None] + RANKS[:, None] % 2
         down.masked_fill_(empty[:, None, :], torch.nan)
         up.masked_fill_(empty[:, :, None], torch.nan)
-    assert torch.equal(grouped_product(x, down, SPANS, widths=RANKS), narrow)
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a: new(*a).fill_(torch.nan))
+    assert torch.equal(grouped_product(x, down, SPANS, x_mask=mask, widths=RANKS), narrow)
     assert torch.equal(grouped_product(narrow, up, SPANS, depths=RANKS), y)
-    onto = grouped_product(narrow, up, SPANS, depths=RANKS, onto=drawn(sum(ROWS), wide, seed=3))
-    assert onto.isfinite().all()
-    assert torch.equal(grouped_outer(narrow, x, SPANS, narrows=RANKS), sums)
-    assert torch.equal(grouped_outer(x, narrow, SPANS, narrows=RANKS), sums.transpose(1, 2))
+    onto = grouped_product(narrow, up, SPANS, depths=RANKS, onto=held.clone(), mask=mask)
+    assert torch.equal(onto, expected)
+    left = grouped_outer(narrow, x, SPANS, right_mask=mask, left_sizes=RANKS)
+    assert torch.equal(left, sums)
+    whole = grouped_outer(x, narrow, SPANS)
+    assert torch.equal(grouped_outer(x, narrow, SPANS, right_sizes=RANKS), whole)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(384, 384), (16, 8), (8, 16), (20, 20)])
+def test_an_adapted_layer_is_the_same_in_bfloat16_up_to_its_rounding(inside, outside):
+    """Ranks, dropout and scaling together, forth and back, held to float64."""
+    empty = torch.arange(20) >= RANKS[:, None]
+    x, upstream = drawn(sum(ROWS), inside), drawn(sum(ROWS), outside, seed=5)
+    down, up = drawn(len(ROWS), 20, inside, seed=1), drawn(len(ROWS), outside, 20, seed=2)
+    down, up = down.masked_fill(empty[:, :, None], 0), up.masked_fill(empty[:, None, :], 0)
+    linear = torch.nn.Linear(inside, outside).to(BF16).requires_grad_(False)
+    scaling = torch.linspace(0.5, 2, sum(ROWS)).unsqueeze(1)
+    found, plain, exact = [], [], []
+    for out, dtype, ranks in (
+        (found, BF16, RANKS),
+        (plain, BF16, None),
+        (exact, torch.float64, None),
+    ):
+        wide = torch.promote_types(dtype, torch.float32)  # adapters are float32
+        given = [x.to(dtype), down.to(wide), up.to(wide)]
+        given = [each.detach().clone().requires_grad_() for each in given]
+        frozen = FrozenLinear(copy.deepcopy(linear).to(dtype))
+        frozen.lay_out()
+        adapting = Adapting(SPANS, scaling.to(wide), mask_of("of each row"), ranks)
+        y = adapted_linear(*given, frozen, adapting)
+        out += [y.detach(), *torch.autograd.grad(y, given, upstream.to(dtype))]
+    for ours, whole, true in zip(found, plain, exact, strict=True):
+        assert torch.equal(ours, whole)
+        apart = (ours.double() - true).abs().max()
+        assert apart <= 2**-6 * true.abs().max()
 
 
 def test_sizes_and_streams_that_dont_fit_are_refused():
     kernels = Kernels(built_kernels())
     x, y, matrices, ends = drawn(633, 8), drawn(633, 4), matrices_of(8, 4, False), SPANS.ends
     good = mask_of("of each row")
-    for sizes in (RANKS, -RANKS, RANKS.clamp(max=4).long(), RANKS[:2], RANKS.repeat(2)[::2]):
+    few = RANKS.clamp(max=4)
+    for sizes in (RANKS, -few, few.long(), few[:2], few.repeat(2)[::2]):
         with pytest.raises(ValueError, match="sizes: expected"):
             kernels.product(x, matrices, ends, widths=sizes)
+        with pytest.raises(ValueError, match="sizes: expected"):
+            kernels.product(x, matrices, ends, depths=sizes)
         with pytest.raises(ValueError, match="sizes: expected"):
             kernels.outer(y, x, ends, None, sizes)
     for mask in (

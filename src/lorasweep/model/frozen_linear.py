@@ -22,6 +22,8 @@ from lorasweep.model.torch_errors import first_line, is_out_of_memory
 _log = logging.getLogger(__name__)
 
 _TYPES = frozenset({torch.float32, torch.bfloat16})
+# Of the product that a layout is chosen for: about what half a pack's pass has.
+_ROWS = 2048
 
 
 class FrozenLinear(nn.Module):
@@ -31,7 +33,7 @@ class FrozenLinear(nn.Module):
         linear: Whose weight and bias to take over.
 
     Attributes:
-        weight: ``(out, in)``; empty once it was laid out.
+        weight: ``(out, in)``.
         bias: ``(out,)`` or None.
         in_features, out_features: As in the layer.
     """
@@ -43,27 +45,34 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._laid_out: tuple[Tensor, Tensor] | None = None
+        self._blocks: tuple[Tensor, Tensor] | None = None
 
     def lay_out(self) -> None:
-        """Lay the weight out for good, where torch can; it can't be moved from then on."""
+        """Lay the weight out where torch can; again, whenever it was moved or changed."""
+        self._blocks = None
         weight = self.weight.detach()
-        if weight.device.type != "cpu" or not lays_out(weight.dtype):
-            return
-        self._laid_out = _in_blocks(weight), _in_blocks(weight.t())
-        self.weight.data = weight.new_empty(0)
+        if weight.device.type == "cpu" and lays_out(weight.dtype):
+            self._blocks = _in_blocks(weight), _in_blocks(weight.t())
+
+    @property
+    def laid_out(self) -> tuple[Tensor, Tensor] | None:
+        """The weight for the way forth and for the way back; None where torch multiplies plainly.
+
+        oneDNN may be switched off at any time, also by us where it finds no room for its code.
+        """
+        return self._blocks if torch.backends.mkldnn.enabled else None
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``(rows, out)`` of ``(rows, in)``; no gradient."""
-        if self._laid_out is None:
+        if (blocks := self.laid_out) is None:
             return F.linear(x, self.weight, self.bias)
-        return _multiplied(x, self._laid_out[0], self.bias)
+        return _multiplied(x, blocks[0], self.bias)
 
     def product_back(self, grad: Tensor) -> Tensor:
         """Return the gradient of ``x``, ``(rows, in)``, from that of the product."""
-        if self._laid_out is None:
+        if (blocks := self.laid_out) is None:
             return grad @ self.weight
-        return _multiplied(grad, self._laid_out[1], None)
+        return _multiplied(grad, blocks[1], None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(…, in)``."""
@@ -83,7 +92,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _in_blocks(weight: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return found
 
 
@@ -92,14 +101,18 @@ def _multiplied(x: Tensor, laid_out: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-@cache
 def lays_out(dtype: torch.dtype) -> bool:
     """Whether this torch multiplies by weights laid out before, and did the right thing when tried.
 
     The operations aren't among those that torch promises to keep.
     """
-    if dtype not in _TYPES:
+    if dtype not in _TYPES or not torch.backends.mkldnn.enabled:
         return False
+    return _proven(dtype)
+
+
+@cache
+def _proven(dtype: torch.dtype) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where they are errors, one is no refusal

@@ -78,7 +78,8 @@ def grouped_outer(
     spans: LaneSpans,
     *,
     right_mask: Mask | None = None,
-    narrows: Tensor | None = None,
+    left_sizes: Tensor | None = None,
+    right_sizes: Tensor | None = None,
 ) -> Tensor:
     """Sum each lane's outer products: ``left[rows].T @ right[rows]`` for every lane.
 
@@ -87,8 +88,9 @@ def grouped_outer(
         right: ``(rows, m)``.
         spans: Whose each row is.
         right_mask: Of dropout on ``right``; None for none.
-        narrows: How many first columns of the narrower side aren't 0 in each lane's rows, int32
+        left_sizes: How many first columns of ``left`` aren't 0 in each lane's rows, int32
             ``(lanes,)`` on the CPU: the others may be left out. None for all.
+        right_sizes: The same of ``right``.
 
     Returns:
         ``(lanes, n, m)``, in the operands' type or float32; zero for a lane without rows.
@@ -96,11 +98,12 @@ def grouped_outer(
     kernels = kernels_for(left)
     if kernels is not None and kernels.sums(left, right):
         if left.shape[1] <= right.shape[1]:
-            return kernels.outer(left, right, spans.ends, right_mask, narrows)
+            return kernels.outer(left, right, spans.ends, right_mask, left_sizes)
         if right_mask is None:
-            return kernels.outer(right, left, spans.ends, None, narrows).transpose(1, 2)
+            return kernels.outer(right, left, spans.ends, None, right_sizes).transpose(1, 2)
     if right_mask is not None:
-        return grouped_outer(left, right_mask.applied(right), spans, narrows=narrows)
+        right = right_mask.applied(right)
+        return grouped_outer(left, right, spans, left_sizes=left_sizes, right_sizes=right_sizes)
     if _grouped_kernel(left, right):
         return F.grouped_mm(left.t(), right, offs=spans.ends)
     return _padded_outer(left, right, spans)

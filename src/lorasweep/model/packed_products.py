@@ -25,8 +25,8 @@ class Adapting:
         spans: Whose each token is.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
         mask: Dropout on the adapter's input; None for no dropout.
-        ranks: Of each lane, int32 ``(lanes,)`` on the CPU, 0 where it does not adapt the layer;
-            None where all fill their matrices.
+        ranks: Rows of A and columns of B that may not be 0, of each lane, int32 ``(lanes,)`` on
+            the CPU; 0 where it does not adapt the layer. None where all fill their matrices.
     """
 
     spans: LaneSpans
@@ -70,11 +70,11 @@ class AdaptedLinear(torch.autograd.Function):
         x, down, up, narrow = ctx.saved_tensors
         adapting: Adapting = ctx.adapting
         spans, mask, ranks = adapting.spans, adapting.mask, adapting.ranks
-        grad_up = grouped_outer(grad, narrow, spans, narrows=ranks).to(up.dtype)
+        grad_up = grouped_outer(grad, narrow, spans, right_sizes=ranks).to(up.dtype)
         grad_narrow = grouped_product(
             grad, up.to(grad.dtype), spans, scaling=adapting.scaling, widths=ranks
         )
-        grad_down = grouped_outer(grad_narrow, x, spans, right_mask=mask, narrows=ranks)
+        grad_down = grouped_outer(grad_narrow, x, spans, right_mask=mask, left_sizes=ranks)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.frozen.product_back(grad)

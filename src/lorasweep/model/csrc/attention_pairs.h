@@ -7,7 +7,8 @@
  */
 #define BLOCK 64 /* queries whose weights are kept at once on the way back */
 
-/* Scratch memory of one thread, for a row and head. keys: rounded up to 16. */
+/* Scratch memory of one thread, for a row and head. keys: rounded up to 16. The way forth has
+ * QUERIES in place of BLOCK. */
 typedef struct {
   uint32_t *key_columns, *value_columns; /* (width / 2, keys): pairs inside a key */
   uint32_t *key_pairs, *value_pairs;     /* (keys / 2, wide): pairs of keys */
@@ -208,10 +209,6 @@ INLINE __mmask16 keeps(const Attending *how, const uint8_t *bytes) {
                              _mm_set1_epi8((char)how->rate));
 }
 
-INLINE float scale_kept(const Attending *how) {
-  return how->streams ? 256.0f / (256.0f - (float)how->rate) : 1.0f;
-}
-
 /* Weights (QUERIES, keys), softmax and dropout of the scores of queries from i on; sums: the
  * logarithms of softmax's sums. */
 INLINE void weigh_pairs(bf16 *weights, float *sums, float *score, const uint8_t *bytes,
@@ -368,11 +365,15 @@ static void attend_pairs_backward(PairsScratch *s, bf16 *query_gradient, bf16 *k
     add_transposed(s->key_gradient, s->slope_columns, s->query_pairs, pairs, length, keys, wide,
                    block == 0);
   }
+  if (!queries) { /* nobody asked */
+    memset(s->value_gradient, 0, (size_t)(length * wide) * 4);
+    memset(s->key_gradient, 0, (size_t)(length * wide) * 4);
+  }
   narrowed(value_gradient + row_at, s->value_gradient, length, across, width, wide);
   if (key_gradient) narrowed(key_gradient + row_at, s->key_gradient, length, across, width, wide);
 }
 
-/* As attend in attention.h, which takes rows of an odd width. */
+/* As attend in attention.h, which does it where the width is odd: then there are no pairs. */
 int attend_bf16(bf16 *out, float *sums, const bf16 *query, const bf16 *key, const bf16 *value,
                 const int64_t *strides, const Rows *rows, const Attending *how, int threads) {
   if (how->width % 2)

@@ -140,12 +140,17 @@ INLINE void draw(uint8_t *bytes, const Attending *how, int64_t token, int64_t co
   }
 }
 
+/* What dropout multiplies kept weights by. */
+INLINE float scale_kept(const Attending *how) {
+  return how->streams ? 256.0f / (256.0f - (float)how->rate) : 1.0f;
+}
+
 /* What is kept of the keys from j on, times dropout's scale. */
 INLINE floats kept_from(const uint8_t *bytes, const Attending *how, int64_t j) {
   octets byte;
   memcpy(&byte, bytes + j, sizeof byte);
   ints kept = __builtin_convertvector(byte, ints) >= how->rate;
-  return where(kept, spread(256.0f / (256.0f - (float)how->rate)), spread(0.0f));
+  return where(kept, spread(scale_kept(how)), spread(0.0f));
 }
 
 /* Which of the keys from j on query i sees. */

@@ -4,7 +4,7 @@
  * they compute is defined in Python, where torch does the same for every other device and for
  * machines without a compiler; tests hold the two to each other.
  *
- * Every loop runs over rows or tokens, and no number of one row ever meets one of another, so a
+ * Every loop runs over rows or tokens, and no number of one lane ever meets one of another, so a
  * NaN stays in its trial. No option may let the compiler assume that there are no NaNs.
  */
 #include "numbers.h"

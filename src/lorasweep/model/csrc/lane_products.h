@@ -70,9 +70,8 @@ static void drop_rows(bf16 *out, uint8_t *bytes, const Dropping *drop, const bf1
 INLINE __mmask64 kept_of_two(longs seeds, __m512i limits, int64_t column) {
   const longs counter = {1, 2, 3, 4, 1, 2, 3, 4};
   longs word = (counter + (uint64_t)(column / 8)) * WEYL + seeds;
-  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ull;
-  word = (word ^ (word >> 27)) * 0x94D049BB133111EBull;
-  return _mm512_cmpge_epu8_mask((__m512i)(word ^ (word >> 31)), limits);
+  SCRAMBLE(word)
+  return _mm512_cmpge_epu8_mask((__m512i)word, limits);
 }
 
 /* One lane's matrix, (depth, columns), as [columns / 32][depth / 2][32] pairs, with zeros beyond its

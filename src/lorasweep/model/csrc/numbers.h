@@ -113,11 +113,15 @@ INLINE floats exp_of(floats x) {
   return where(tiny, spread(0.0f), p * (floats)power);
 }
 
-/* SplitMix64's finaliser, as in packed_dropout.py. */
+/* SplitMix64's finaliser, as in packed_dropout.py, of a number or of a vector of them. */
+#define SCRAMBLE(state)                                \
+  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ull; \
+  state = (state ^ (state >> 27)) * 0x94D049BB133111EBull; \
+  state ^= state >> 31;
+
 static inline uint64_t scrambled(uint64_t state) {
-  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ull;
-  state = (state ^ (state >> 27)) * 0x94D049BB133111EBull;
-  return state ^ (state >> 31);
+  SCRAMBLE(state)
+  return state;
 }
 
 /* Random bytes of one stream; `count` times eight of them. */

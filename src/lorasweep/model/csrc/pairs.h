@@ -18,7 +18,8 @@ INLINE __m512i in_pairs(__m256i a, __m256i b) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* Sixteen numbers, zeros where the mask is 0. A masked load can't take what was just stored. */
+/* Sixteen numbers, zeros where the mask is 0. A masked load has to wait for what was just stored
+ * until it is in the cache. */
 INLINE __m256i load_halves(__mmask16 there, const bf16 *at) {
   if (there == 0xFFFF) return _mm256_loadu_si256((const __m256i *)at);
   return _mm256_maskz_loadu_epi16(there, at);
