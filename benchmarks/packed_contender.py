@@ -69,7 +69,7 @@ def packed(
         padded: Pad each row to its lane's longest, or its pack's. The model sees the padding as
             words, so the scores mean nothing: only the time is that of a padded engine.
         whole: Each pass goes through the base in one piece, instead of in halves.
-        laid_out: Whether the base's weights are laid out once; else in each product.
+        laid_out: False leaves the base's weights as they are, to ``F.linear``.
     """
     base, train, validation = opened(work, base_dropout)
     from lorasweep.engines.packed import PackedEngine

@@ -9,8 +9,8 @@ After every eighth step of the pack, torch multiplies matrices of the pack's own
 tokens by the base's weights, T being the median step's tokens. The first steps, in which oneDNN
 compiles and the heap grows, don't count. The peak is the rate of the fastest shape, by torch.mm, by
 F.linear or by a weight laid out before, as the pack's are, whichever is fastest. Only useful
-operations count for the pack:
-useful_flops.py says which, and torch's own counter agrees with it on the plain PEFT model.
+operations count for the pack: useful_flops.py says which, and torch's own counter agrees with it on
+the plain PEFT model.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 oneDNN multiplies blocks of a weight in an order of the processor's own, and torch has it lay the
 weight out so in each product anew; it writes a bias into the result first and then adds to that.
 A weight that never changes can be laid out once, forth and back, and a bias added on the way, by
-the operations that torch's own compiler puts into frozen models.
+the operations that torch's own compiler puts into frozen models in bfloat16.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FrozenLinear(nn.Module):
         self._blocks: tuple[Tensor, Tensor] | None = None
 
     def lay_out(self) -> None:
-        """Lay the weight out where torch can; again, whenever it was moved or changed."""
+        """Lay the weight out where torch can. Call it again when the weight was moved or changed."""
         self._blocks = None
         weight = self.weight.detach()
         if weight.device.type == "cpu" and lays_out(weight.dtype):

@@ -25,8 +25,8 @@ class Adapting:
         spans: Whose each token is.
         scaling: Of each token's lane, with dropout's ``1 / (1 - p)`` in it, ``(tokens, 1)``.
         mask: Dropout on the adapter's input; None for no dropout.
-        ranks: Rows of A and columns of B that may not be 0, of each lane, int32 ``(lanes,)`` on
-            the CPU; 0 where it does not adapt the layer. None where all fill their matrices.
+        ranks: How many first rows of A and columns of B belong to each lane, int32 ``(lanes,)``
+            on the CPU; the others are 0. None where all belong to all.
     """
 
     spans: LaneSpans

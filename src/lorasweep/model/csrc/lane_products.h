@@ -2,8 +2,8 @@
  * them.
  *
  * LoRA's matrices are as narrow as its rank, so a product of a lane's few hundred rows is over
- * before a library has found out how to do it. Here the matrix is laid out once for a lane, in
- * pairs as the processor multiplies them, and stays in its nearest cache.
+ * before a library has found out how to do it. Here the matrix is laid out once for 512 rows of
+ * a lane, in pairs as the processor multiplies them, and stays in its nearest cache.
  *
  * A row's result depends on that row and its lane's matrix alone, and a lane's sums over its rows on
  * those rows alone, added from the first to the last: bit for bit, whoever else is there.
