@@ -1,6 +1,6 @@
 """Compile ``csrc/`` for the machine at hand, once, and keep the result in the cache.
 
-Plain C and C++ compilers are all it takes (a second or two each). Where there is none, or it
+Plain C and C++ compilers are all it takes (some seconds). Where there is none, or it
 fails, the packed engine does without and says so in its log.
 """
 
