@@ -37,7 +37,7 @@ CONTENDERS = {
         functools.partial(packed, whole=True), "all rows through the base in one piece"
     ),
     "weights not laid out": Contender(
-        functools.partial(packed, laid_out=False), "F.linear and mm with the base's weights as they are"
+        functools.partial(packed, laid_out=False), "F.linear with the base's weights as they are"
     ),
     "no dropout": Contender(
         functools.partial(packed, base_dropout=0.0, dropout=0.0),

@@ -48,7 +48,7 @@ class FrozenLinear(nn.Module):
         self._blocks: tuple[Tensor, Tensor] | None = None
 
     def lay_out(self) -> None:
-        """Lay the weight out where torch can. Call it again when the weight was moved or changed."""
+        """Lay the weight out where torch can; to be called again once it was moved or changed."""
         self._blocks = None
         weight = self.weight.detach()
         if weight.device.type == "cpu" and lays_out(weight.dtype):
