@@ -134,6 +134,11 @@ class Dropping:
     key: int
     rate: int | Tensor
 
+    @property
+    def rates(self) -> tuple[Tensor | None, int]:
+        """The rate of each entry, or None and the one of all."""
+        return (self.rate, 0) if isinstance(self.rate, Tensor) else (None, self.rate)
+
 
 class Kernels:
     """The loaded library."""
@@ -151,8 +156,7 @@ class Kernels:
             scale: Of what is kept.
             out: As ``x``; may be ``x``.
         """
-        entries = mask.streams.numel()
-        each = mask.rate if isinstance(mask.rate, Tensor) else None
+        entries, (each, one) = mask.streams.numel(), mask.rates
         self._call("drop", x.dtype)(
             _at(out),
             _at(x),
@@ -161,7 +165,7 @@ class Kernels:
             _at(mask.streams),
             c_int64(mask.key),
             _at(each),
-            c_int32(0 if isinstance(mask.rate, Tensor) else mask.rate),
+            c_int32(one),
             c_float(scale),
             c_int(torch.get_num_threads()),
         )
@@ -379,7 +383,7 @@ def _blank(like: Tensor, gaps: Tensor | None) -> Tensor:
 def _dropping(mask: Dropping | None, rows: int) -> Any:
     if mask is None:
         return None
-    each = mask.rate if isinstance(mask.rate, Tensor) else None
+    each, one = mask.rates
     for what, x, dtype in (
         ("streams", mask.streams, torch.int64),
         ("rates", each, torch.int16),
@@ -388,7 +392,6 @@ def _dropping(mask: Dropping | None, rows: int) -> Any:
             _expect(x.numel() == rows, what, x.numel(), rows)
             _expect(x.dtype == dtype, f"type of {what}", x.dtype, dtype)
             _expect(x.is_contiguous(), what, "scattered", "side by side")
-    one = 0 if isinstance(mask.rate, Tensor) else mask.rate
     return ctypes.pointer(_Dropping(_at(mask.streams), mask.key, _at(each), one))
 
 
