@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from lorasweep.engines.lane_scoring import validation_logits
 from lorasweep.engines.memory_lack import lack_in, let_go, needs_too_much
 from lorasweep.engines.pack_places import PackPlaces
 from lorasweep.engines.pack_steps import PackSteps
+from lorasweep.engines.pass_errors import fail_culprits
 from lorasweep.model.adapter import adapted_modules, count_parameters
 from lorasweep.model.checkpoint import save_adapter
 from lorasweep.model.lane_adapter import release_frozen, write_values
@@ -284,8 +286,14 @@ class PackRun:
 
     def _evaluate(self, due: list[Lane]) -> None:
         """Score the validation rows with every lane that ended an epoch, and ask about each."""
-        places = self.places
-        scored = validation_logits(self.engine, places.lanes, due)
+        places, score = self.places, partial(validation_logits, self.engine, self.places.lanes)
+        try:
+            scored = score(due)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            fail_culprits(due, lambda lane: score([lane]), error)
+            return
         for lane, logits in zip(due, scored, strict=True):
             progress, plan = lane.progress, lane.plan
             if not np.isfinite(logits).all():

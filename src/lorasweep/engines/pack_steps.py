@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -15,9 +17,11 @@ from lorasweep.core.protocols import Reporter
 from lorasweep.engines.lane import Lane
 from lorasweep.engines.lane_adamw import LaneStep
 from lorasweep.engines.pack_places import PackPlaces
+from lorasweep.engines.pass_errors import fail_culprits
 from lorasweep.model.lane_spans import lane_sums
 from lorasweep.model.packed_batch import LaneRows, PackedBatch
 from lorasweep.model.packed_dropout import lane_key
+from lorasweep.model.torch_errors import is_out_of_memory
 from lorasweep.model.transfer import OnItsWay
 
 if TYPE_CHECKING:
@@ -57,28 +61,54 @@ class PackSteps:
     def take(self) -> None:
         """Take one optimizer step with every lane, and report the losses that have arrived.
 
-        Where memory runs out on the way, no lane has changed.
+        Where memory runs out on the way, no lane has changed. Nor has one after any other error
+        before the update; whose own it is has failed then.
         """
         began = time.perf_counter()
         engine, lanes = self._engine, self._places.lanes
-        batches = engine.passes.lay_out(
-            engine.train,
-            [
-                LaneRows(lane.progress.next_rows(), lane_key(lane.plan.seed), lane.progress.step)
-                for lane in lanes
-            ],
-            training=True,
-        )
-        found = engine.passes.each(self._forth_and_back, batches)
-        losses = found[0].new_zeros(len(lanes))
-        for batch, part in zip(batches, found, strict=True):
-            losses[batch.lanes.start : batch.lanes.stop] += part
+        try:
+            losses, batches = self._pass(lanes)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._fail_culprits(error)
+            return
         engine.use.count(batches, len(lanes), self._places.idle)
         self._finish(losses)
         reports = self.note_losses(engine.lag)
         engine.use.step_seconds += time.perf_counter() - began
         for report in reports:
             self._reporter.stepped(report)
+
+    def _pass(self, those: Sequence[Lane]) -> tuple[torch.Tensor, list[PackedBatch]]:
+        """Leave gradients at the parameters, of the rows of some lanes; none of them has changed.
+
+        Returns:
+            Losses of all lanes, ``(lanes,)``, and the parts of the pass.
+        """
+        engine, lanes = self._engine, self._places.lanes
+        nothing = np.zeros(0, dtype=np.int64)
+        entries = [
+            LaneRows(
+                lane.progress.next_rows() if lane in those else nothing,
+                lane_key(lane.plan.seed),
+                lane.progress.step,
+            )
+            for lane in lanes
+        ]
+        batches = engine.passes.lay_out(engine.train, entries, training=True)
+        found = engine.passes.each(self._forth_and_back, batches)
+        losses = found[0].new_zeros(len(lanes))
+        for batch, part in zip(batches, found, strict=True):
+            losses[batch.lanes.start : batch.lanes.stop] += part
+        return losses, batches
+
+    def _fail_culprits(self, error: Exception) -> None:
+        """A pass raised an error that isn't a lack of memory: end the lanes whose own it is."""
+        self.read_losses()
+        if self._places.ended:
+            return  # one has just turned out to have failed: perhaps it goes without that one
+        fail_culprits(self._places.going, lambda lane: self._pass([lane]), error)
 
     def _forth_and_back(self, batch: PackedBatch) -> torch.Tensor:
         """Leave gradients at the parameters of a batch's lanes, and return their losses."""
