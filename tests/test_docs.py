@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from lorasweep.cli.app import group
+from lorasweep.core.plans import Scheduler
 from lorasweep.spec.loader import load_spec
 from lorasweep.spec.schema import Spec
 from lorasweep.spec.space import LIMITS, Space
@@ -84,6 +85,8 @@ def limits_of(key: str) -> list[str]:
     kind, low, low_allowed, high, high_allowed = LIMITS[key]
     if kind == "targets":
         return ["`auto`", "`all-linear`"]
+    if kind == "scheduler":
+        return [f"`{name}`" for name in typing.get_args(Scheduler)]
     return [
         f"{'≥' if low_allowed else '>'} {number(low)}",
         f"{'≤' if high_allowed else '<'} {number(high)}",

@@ -158,6 +158,34 @@ def test_every_limit_is_named_to_who_goes_beyond_it(write, key, value, limits):
     assert problems(as_point)[0].endswith(f"must be a whole number {limits}, got {value}.")
 
 
+def test_a_schedule_that_nobody_knows_is_told_those_that_are(write):
+    path = write(GOOD.replace("    rank: {choices: [4, 8]}", "    scheduler: {choices: [step]}"))
+    assert problems(path)[0] == (
+        "x.yaml:8 search.space.scheduler: must be one of linear, cosine, constant, "
+        "constant_with_warmup, got 'step'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "scheduler: cosine",
+            "search.space.scheduler: must be {choices: [...]}, got 'cosine'. "
+            "To keep scheduler fixed, write it under training or lora instead.",
+        ),
+        (
+            "seed: 3",
+            "search.space.seed: must be a range such as {low: 1, high: 8}, or {choices: [4, 8]}, "
+            "got 3. The sweep's own seed is the key seed at the top.",
+        ),
+    ],
+)
+def test_a_single_value_in_a_space_is_told_where_it_belongs(write, line, sentence):
+    path = write(GOOD.replace("    rank: {choices: [4, 8]}", f"    {line}"))
+    assert problems(path)[0] == f"x.yaml:8 {sentence}"
+
+
 def test_a_grid_needs_values_to_enumerate(write):
     path = write(GOOD.replace("  trials: 4", "  trials: 4\n  sampler: {kind: grid}"))
     assert "a grid needs choices, or a range with a step, for learning_rate" in problems(path)[0]

@@ -27,6 +27,14 @@ def test_a_plan_takes_sampled_values_first_and_fixed_ones_after():
     assert (plan.number, plan.seed, plan.adapter_folder) == (3, 7, Path("/f/adapter"))
 
 
+def test_a_schedule_may_be_sampled_and_a_seed_is_a_parameter_like_others():
+    assert plan_trial(spec(), 0, 0, {}, Path()).scheduler == "linear"
+    plan = plan_trial(spec(), 0, 7, {"scheduler": "cosine", "seed": 3}, Path())
+    assert plan.scheduler == "cosine"
+    assert plan.seed == 7  # which was made from the point, 3 among it
+    assert plan.parameters == {"scheduler": "cosine", "seed": 3}
+
+
 def test_sampled_targets_may_be_a_word_or_a_list():
     auto = plan_trial(spec(), 0, 0, {"targets": "auto"}, Path())
     names = plan_trial(spec(), 0, 0, {"targets": ("key", "value")}, Path())
@@ -123,6 +131,16 @@ def test_identity_ignores_what_changes_no_result():
     )
     assert identity(other, "data", "base") == one
     assert fingerprint(identity(other, "data", "base")) == fingerprint(one)
+
+
+def test_a_study_of_before_a_key_was_searchable_goes_on():
+    parts = identity(spec(), "d", "b")
+    assert "search.space.scheduler" not in parts
+    assert "search.space.seed" not in parts
+    assert "search.space.rank" in parts  # null all the same: it always was there
+    searched = {"learning_rate": {"low": 1e-4, "high": 1e-3}, "seed": {"choices": [1, 2]}}
+    found = identity(spec(search={"space": searched}), "d", "b")
+    assert found["search.space.seed.choices"] == "[1, 2]"
 
 
 def test_identity_names_what_differs():

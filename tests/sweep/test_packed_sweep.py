@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lorasweep import load_spec, run_sweep
+from lorasweep import load_report, load_spec, run_sweep
 from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
 from lorasweep.search.study import Study
@@ -29,8 +29,8 @@ POINTS = """\
     points:
       - {learning_rate: 0.01, epochs: 1, rank: 2}
       - {learning_rate: 0.02, epochs: 3, rank: 4}
-      - {learning_rate: 0.005, epochs: 2, rank: 2, batch_size: 16}
-      - {learning_rate: 0.03, epochs: 1, rank: 8, weight_decay: 0.1}
+      - {learning_rate: 0.005, epochs: 2, rank: 2, batch_size: 16, scheduler: cosine}
+      - {learning_rate: 0.03, epochs: 1, rank: 8, weight_decay: 0.1, seed: 5}
       - {learning_rate: 0.015, epochs: 2, rank: 4, warmup: 0.3}
 """
 
@@ -314,3 +314,28 @@ def test_a_killed_process_goes_on_in_the_midst_of_a_trial(small_sweep):
     ]
     by_place = sorted(trials[1], key=lambda entry: [e[0] for e in trials[0]].index(entry[0]))
     close_to(list(map(list, trials[0])), list(map(list, by_place)))
+
+
+def test_a_point_is_repeated_with_other_seeds_and_schedules(small_sweep):
+    text = small_sweep.read_text(encoding="utf-8")
+    space = "{seed: {choices: [1, 2]}, scheduler: {choices: [linear, constant]}}"
+    text = (
+        f"{text[: text.index('search:')]}search: {{trials: 4, sampler: {{kind: grid}}, "
+        f"pruner: {{kind: none}}, space: {space}}}\nbaselines: [majority]\n"
+    )
+    small_sweep.write_text(text, encoding="utf-8")
+    spec = load_spec(small_sweep, ["engine=packed", "lanes=4"])
+    result, report = run_sweep(spec)
+    points = {(r.parameters["seed"], r.parameters["scheduler"]): r for r in result.records}
+    assert sorted(points) == [(1, "constant"), (1, "linear"), (2, "constant"), (2, "linear")]
+    assert len({record.seed for record in result.records}) == 4
+    assert len({record.metrics["loss"] for record in result.records}) == 4
+    paths = sweep_paths(spec.output, spec.name)
+    tracker = MlflowTracker.open(paths.tracking_uri("sqlite"), spec.name, paths.mlflow_artifacts)
+    trials = load_report(report.page.parent)["hyperparameter_experiments"]  # held to its schema
+    for (seed, scheduler), record in points.items():
+        params = tracker.client.get_run(record.run_id).data.params
+        assert (params["seed"], params["scheduler"]) == (str(seed), scheduler)
+        assert params["trial_seed"] == str(record.seed)
+        config = trials[record.number]["config"]
+        assert (config["seed"], config["scheduler"]) == (seed, scheduler)

@@ -49,7 +49,7 @@ def plan_trial(
         batch_size=int(parameters.get("batch_size", training.batch_size)),
         weight_decay=float(parameters.get("weight_decay", training.weight_decay)),
         warmup=float(parameters.get("warmup", training.warmup)),
-        scheduler=training.scheduler,
+        scheduler=parameters.get("scheduler", training.scheduler),
         max_grad_norm=training.max_grad_norm,
         folder=folder,
         parameters=dict(parameters),
@@ -134,6 +134,11 @@ def identity(spec: Spec, data: str, base: str) -> dict[str, str]:
     # How often losses are written and how many rows are scored at once change no weight.
     for key in ("log_every", "eval_batch_size"):
         decides["training"].pop(key)
+    # Keys of later versions: a study that was begun without them goes on where they aren't used.
+    space = decides["search"]["space"]
+    for key in ("scheduler", "seed"):
+        if space[key] is None:
+            space.pop(key)
     flat = _flatten(decides)
     return {"data": data, "base": base, **flat}
 

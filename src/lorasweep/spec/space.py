@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from lorasweep.core.plans import Scheduler
 
 Scalar = bool | int | float | str | None
 
@@ -148,7 +150,7 @@ Dimension = FloatRange | IntRange | Choices | TimesRank
 
 # What may be searched: key -> (kind, lowest value, is the lowest allowed, highest, is it allowed).
 # Points, choices and ranges are all held to the same limits.
-Kind = Literal["float", "int", "targets", "layers"]
+Kind = Literal["float", "int", "targets", "layers", "scheduler"]
 LIMITS: Mapping[str, tuple[Kind, float, bool, float, bool]] = {
     "learning_rate": ("float", 0.0, False, 1.0, True),
     "epochs": ("int", 1, True, 10_000, True),
@@ -158,8 +160,10 @@ LIMITS: Mapping[str, tuple[Kind, float, bool, float, bool]] = {
     "dropout": ("float", 0.0, True, 1.0, False),
     "weight_decay": ("float", 0.0, True, 1e3, True),
     "warmup": ("float", 0.0, True, 1.0, False),
+    "scheduler": ("scheduler", 0, True, 0, True),
     "targets": ("targets", 0, True, 0, True),
     "top_layers": ("layers", 1, True, 10_000, True),
+    "seed": ("int", 0, True, 2**31 - 1, True),
 }
 
 
@@ -172,6 +176,9 @@ def check_value(key: str, value: Any) -> str:
         listed = isinstance(value, tuple) and all(isinstance(name, str) for name in value)
         good = value in ("auto", "all-linear") or (listed and value)
         return "" if good else f"must be auto, all-linear or a list of module names, got {value!r}"
+    if kind == "scheduler":
+        known = get_args(Scheduler)
+        return "" if value in known else f"must be one of {', '.join(known)}, got {value!r}"
     if kind == "layers" and value is None:
         return ""
     whole = kind in ("int", "layers")
@@ -212,7 +219,10 @@ def _advice(key: str, values: tuple[Any, ...]) -> str:
 
 
 class Space(Frozen):
-    """What is searched; a key left out keeps its fixed value from ``training`` or ``lora``."""
+    """What is searched; a key left out keeps its fixed value from ``training`` or ``lora``.
+
+    ``seed`` has none: it only goes into the trial's seed, so that a point can be repeated.
+    """
 
     learning_rate: FloatDimension | None = None
     epochs: IntDimension | None = None
@@ -222,8 +232,10 @@ class Space(Frozen):
     dropout: FloatDimension | None = None
     weight_decay: FloatDimension | None = None
     warmup: FloatDimension | None = None
+    scheduler: Choices | None = None
     targets: Choices | None = None
     top_layers: IntDimension | None = None
+    seed: IntDimension | None = None
 
     @field_validator("*")
     @classmethod

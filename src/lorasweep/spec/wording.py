@@ -26,6 +26,7 @@ _TYPES = {
     "is_instance_of": "a mapping",
 }
 _RANGE = "must be a range such as {low: 1, high: 8}, or {choices: [4, 8]}"
+_CHOICES = "must be {choices: [...]}"
 _BOUNDS = {
     "greater_than_equal": ("ge", "≥"),
     "greater_than": ("gt", ">"),
@@ -55,7 +56,10 @@ def explain(detail: ErrorDetails, path: Sequence[str | int], tree: Any) -> tuple
         in_space = len(path) == 3 and tuple(path[:2]) == ("search", "space")
         if in_space and _TYPES[code] == "a mapping":
             advice = f"To keep {path[-1]} fixed, write it under training or lora instead."
-            return f"{_RANGE}, got {_show(came)}", advice
+            if path[-1] == "seed":
+                advice = "The sweep's own seed is the key seed at the top."
+            wanted = _CHOICES if path[-1] in ("targets", "scheduler") else _RANGE
+            return f"{wanted}, got {_show(came)}", advice
         advice = ""
         if isinstance(came, str) and code in ("int_type", "float_type", "bool_type"):
             advice = "Remove the quotes if there are any."

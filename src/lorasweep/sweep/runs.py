@@ -34,6 +34,7 @@ def run_tags(prepared: Prepared, study: Study, engine: str) -> dict[str, str]:
 def run_params(plan: TrialPlan, sweep_seed: int) -> dict[str, ParameterValue]:
     """The trial's parameters as MLflow shows them: sampled or fixed, all of them, short names."""
     adapter = plan.adapter
+    repeated = {"seed": plan.parameters["seed"]} if "seed" in plan.parameters else {}
     return {
         "learning_rate": plan.learning_rate,
         "epochs": plan.epochs,
@@ -50,6 +51,7 @@ def run_params(plan: TrialPlan, sweep_seed: int) -> dict[str, ParameterValue]:
         "max_grad_norm": plan.max_grad_norm,
         "trial_seed": plan.seed,
         "sweep_seed": sweep_seed,
+        **repeated,
     }
 
 

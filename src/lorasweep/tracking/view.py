@@ -25,8 +25,10 @@ PARAMETERS = (
     "dropout",
     "weight_decay",
     "warmup",
+    "scheduler",
     "targets",
     "top_layers",
+    "seed",
 )
 """What a space may search; the UI leaves out the columns that no run has."""
 
