@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from architectures import PACKED
 from filelock import Timeout
 
 from lorasweep import load_spec
@@ -18,6 +19,7 @@ from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.executors import in_process
 from lorasweep.executors.in_process import choose_engine, open_sweep, useful_lanes
+from lorasweep.model.packed_check import PROVEN
 from lorasweep.sweep.prepare import check_storage, prepare
 
 
@@ -185,6 +187,18 @@ def test_auto_does_not_pack_where_nobody_has_proven_it(small_sweep, choose_on):
     # What was asked for is done there, too; and a pack of one would be no use anywhere.
     assert type(choose_engine(prepared(small_sweep, "engine=packed"))[0]) is PackedEngine
     assert choose_engine(prepared(small_sweep))[1].startswith("trainer (3 trials are too few")
+
+
+def test_auto_does_not_pack_what_no_test_holds_to_a_trainer(small_sweep, choose_on, monkeypatch):
+    assert frozenset(PACKED) == PROVEN  # those that test_packed_equality goes through
+    choose_on("cpu")
+    monkeypatch.setattr(in_process, "PROVEN", PROVEN - {"bert"})
+    engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))
+    assert type(engine) is TrainerEngine
+    assert why == (
+        "trainer (the packed engine has not been proven with bert yet; engine: packed tries it)"
+    )
+    assert type(choose_engine(prepared(small_sweep, "engine=packed"))[0]) is PackedEngine
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.model.checkpoint import storing
 from lorasweep.model.heap import give_freed_memory_back
+from lorasweep.model.packed_check import PROVEN
 from lorasweep.model.precision import pick_device
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
@@ -136,6 +137,10 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
         return TrainerEngine(*parts), f"trainer ({why})"
     try:
         packed = PackedEngine(*parts, lanes=spec.lanes, most=most)
+        if spec.engine == "auto" and (kind := prepared.base.architecture) not in PROVEN:
+            why = f"the packed engine has not been proven with {kind} yet; engine: packed tries it"
+            del packed  # its model takes memory
+            return TrainerEngine(*parts), f"trainer ({why})"
         return packed, _pack_in_words(packed)
     except ModelError as error:
         if spec.engine == "packed":

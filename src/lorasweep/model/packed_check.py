@@ -25,6 +25,24 @@ from lorasweep.model.scoring import predict_logits
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
 
+PROVEN = frozenset(
+    {
+        "bert",
+        "camembert",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "roberta",
+        "xlm-roberta",
+    }
+)
+"""Architectures (``model_type``) whose trials tests hold, step by step, to a ``Trainer`` each.
+
+The check at the door compares logits only. Others that pass it may train just as well; nobody
+has looked.
+"""
+
 _LENGTHS = (9, 3, 14, 8, 9, 21)
 # Float32 rounding through a deep encoder, on logits of about 1.
 _TOLERANCE = 1e-3
