@@ -4,6 +4,7 @@ from lorasweep.cli.console import open_console, print_trials
 from lorasweep.cli.views import LiveView, PlainView, QuietView, format_parameters
 from lorasweep.core.outcomes import TrialFacts, TrialRecord, TrialState
 from lorasweep.sweep.events import (
+    LanesShrank,
     Said,
     SweepStarted,
     TrainingEnded,
@@ -34,6 +35,7 @@ EVENTS = [
     TrialStarted(3, POINT, 2),
     TrialReady(3, TrialFacts(10, 100, 40, lane=1)),
     TrialStepped(3, 10, 40, 0.5),
+    LanesShrank(1, "out of memory"),
     TrialEvaluated(3, 1, 2, 0.7, True),
     TrialEvaluated(3, 2, 2, 0.8123, True),
     TrialEnded(RECORD, RECORD),
@@ -60,6 +62,7 @@ def test_plain_lines_tell_the_story_in_order(capsys):
         "warning: validation: 5 of 100 texts leak",
         "s: 5 trials; engine trainer",
         "trial 0003: learning_rate 0.00031, rank 8, targets query+key",
+        "warning: out of memory: going on with 1 lane",
         "trial 0003 epoch 1/2: 0.7000 *",
         "trial 0003 epoch 2/2: 0.8123 *",
         "trial 0003 completed 0.8123 in 1 min 15 s; best so far 0003",
@@ -70,7 +73,11 @@ def test_plain_lines_tell_the_story_in_order(capsys):
 
 def test_quiet_keeps_warnings(capsys):
     out, err = shown_by(QuietView(), capsys)
-    assert (out, err) == ("", "warning: validation: 5 of 100 texts leak\n")
+    assert out == ""
+    assert err.splitlines() == [
+        "warning: validation: 5 of 100 texts leak",
+        "warning: out of memory: going on with 1 lane",
+    ]
 
 
 def test_the_live_view_ends_with_a_row_a_trial_and_the_best(capsys, monkeypatch):
@@ -102,6 +109,28 @@ def test_the_live_view_names_the_lane_of_a_trial_while_it_trains(capsys, monkeyp
     assert "lane" not in ended
     assert "lane 1" in running
     assert "packed, 2 lanes, about 143 MiB each" in "".join(last)
+    assert "· now" not in "".join(last)
+
+
+def test_the_live_view_says_that_there_are_fewer_lanes_now(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "40")
+    view = LiveView()
+    view.show(SweepStarted("s", "f1", 5, (), "packed, 4 lanes"))
+    view.show(TrialStarted(3, POINT, 2))
+    for lanes in (2, 1):
+        view.show(LanesShrank(lanes, "memory is running out"))
+    view.close()
+    told = capsys.readouterr().err
+    assert "memory is running out: going on with 2 lanes" in told
+    assert "packed, 4 lanes · now 1 lane" in told.splitlines()[-1]
+
+
+def test_status_names_the_lanes_of_a_pack(capsys):
+    running = TrialRecord(7, TrialState.RUNNING, POINT, seconds=75.0)
+    print_trials((RECORD, running), RECORD, "f1", {7: 3, 3: None})
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "▸ 0007" in line)
+    assert row.rstrip().endswith("lane 3")
 
 
 def test_on_a_small_terminal_running_trials_come_before_ended_ones(capsys, monkeypatch):

@@ -26,17 +26,22 @@ class Recorder:
         stop: Told what comes next; where it says yes, that is not recorded but interrupts.
         events: ``(trial, facts)`` of each start, reports, evaluations, and the outcomes that a
             test adds.
+        shrunk: Lanes, and why, whenever they became fewer.
     """
 
     answer: Callable[[EpochEvaluation], Verdict] = lambda evaluation: Verdict(True, True)
     stop: Callable[[Told], bool] = lambda told: False
     events: list[tuple[int, TrialFacts] | Told | Outcome] = field(default_factory=list)
+    shrunk: list[tuple[int, str]] = field(default_factory=list)
 
     def started(self, trial: int, facts: TrialFacts) -> None:
         self.events.append((trial, facts))
 
     def stepped(self, report: StepReport) -> None:
         self._tell(report)
+
+    def shrank(self, lanes: int, why: str) -> None:
+        self.shrunk.append((lanes, why))
 
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         self._tell(evaluation)

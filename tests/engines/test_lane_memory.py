@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from equal_rows import rows_of_length
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, EngineSettings, LargestTrial
 from lorasweep.engines.engine_use import use_of
 from lorasweep.engines.lane_memory import lane_bytes, saved_bytes
+from lorasweep.engines.lane_scoring import validation_logits
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.packing import length_batches
 from lorasweep.engines.trainer import TrainerEngine
@@ -24,6 +26,7 @@ from lorasweep.model.adapter import attach
 from lorasweep.model.base import fresh_classifier, open_base
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.packed_lora import LaneSettings
+from lorasweep.model.step_memory import installed_step_memory
 from lorasweep.spec.schema import ModelSpec
 
 SETTINGS = EngineSettings(precision="fp32", device="cpu")
@@ -37,7 +40,14 @@ def make_engine(open_tiny, splits):
 
 def bytes_of(engine: PackedEngine, train: EncodedSplit | None = None) -> int | None:
     largest = engine.settings.largest
-    return lane_bytes(engine.model, engine.copies, train or engine.train, engine.device, largest)
+    return lane_bytes(
+        engine.model,
+        engine.copies,
+        train or engine.train,
+        engine.device,
+        largest,
+        (engine.validation, 64),
+    )
 
 
 def test_a_lane_is_measured_the_same_whether_lanes_are_fixed_or_not(make_engine):
@@ -137,7 +147,8 @@ def bytes_at(open_tiny):
 
     def measure(batch_size: int, *adapters: AdapterPlan) -> int:
         largest = LargestTrial(batch_size, adapters or LargestTrial().adapters)
-        settings = replace(SETTINGS, largest=largest)
+        # So few to score that a step takes the more.
+        settings = replace(SETTINGS, eval_batch_size=16, largest=largest)
         engine = PackedEngine(open_tiny("bert"), train, train, settings, "auto")
         assert engine.capacity > 1
         return engine.use.bytes_per_lane
@@ -194,7 +205,7 @@ def test_where_memory_really_runs_out_the_lanes_are_halved_and_no_trial_is_lost(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "out of memory: going on with" in done.stderr
+    assert "out of memory: 4 lanes" in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["halved"] >= 1
     assert found["lanes"] == 8 // 2 ** found["halved"]
@@ -218,6 +229,31 @@ def test_what_a_lane_is_said_to_take_is_what_the_process_takes_for_it(tmp_path):
     assert claim == found[2]["claim"]
     taken = (found[8]["peak"] - found[2]["peak"]) / 6
     assert claim / 2 < taken < 1.1 * claim
+
+
+@pytest.mark.parametrize("layers", ["all", "top"])
+def test_scoring_many_lanes_takes_no_more_than_their_steps(layers, make_plan):
+    """Where only the top layer is adapted, scoring takes the more."""
+    base = open_base(ModelSpec(name="embedded/minilm", max_length=128), ("no", "yes"))
+    adapter = AdapterPlan(8, 16.0, 0.1, top_layers=None if layers == "all" else 1)
+    largest = LargestTrial(16, (adapter,))
+    settings = EngineSettings(precision="fp32", device="cpu", largest=largest)
+    engine = PackedEngine(
+        base, rows_of_length(64, rows=64), rows_of_length(64, rows=128), settings, 4
+    )
+    claim = engine.measure_lane()
+    lanes = [engine.build(make_plan(n, batch_size=16, adapter=adapter)) for n in range(4)]
+    for lane in lanes:
+        engine.model.add_lane(lane.adapter, lane.settings)
+    engine.model.shared.keep(engine.validation, training=False)  # kept once for all lanes
+    memory = installed_step_memory()
+    assert memory is not None
+    memory.peak()
+    before = memory.taken
+    validation_logits(engine, lanes, lanes)
+    taken = memory.peak() - before
+    assert claim / 2 < taken / 4 < claim or layers == "all"
+    assert 0 < taken < 4 * claim
 
 
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):

@@ -86,21 +86,23 @@ def few(splits: tuple[EncodedSplit, EncodedSplit]) -> tuple[EncodedSplit, Encode
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("of", ["adapters", "base"])
-def test_with_dropout_the_mean_over_seeds_is_the_trainers(of, open_tiny, few, seeds):
+def test_with_dropout_the_mean_over_seeds_is_the_trainers(of, precision, open_tiny, few, seeds):
     """Pairs share head, adapter and order of rows; only the masks differ.
 
     The margin is a third of what dropout does to the loss at all, and the same test on a pack
     without dropout, or with half the rate, does not claim equivalence.
     """
+    settings = replace(SETTINGS, precision=precision)
     rate, base_rate = (0.5, 0.0) if of == "adapters" else (0.0, 0.1)
 
     def pack(rate: float, base_rate: float) -> NDArray[np.float64]:
         base = open_tiny("bert", base_dropout=base_rate)
-        return mean_losses(PackedEngine(base, *few, SETTINGS, 8), seeds(rate))
+        return mean_losses(PackedEngine(base, *few, settings, 8), seeds(rate))
 
     base = open_tiny("bert", base_dropout=base_rate)
-    expected = mean_losses(TrainerEngine(base, *few, SETTINGS), seeds(rate))
+    expected = mean_losses(TrainerEngine(base, *few, settings), seeds(rate))
     without = pack(0.0, 0.0) - expected
     margin = -without.mean() / 3
     assert margin > 0.05

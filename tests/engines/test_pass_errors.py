@@ -67,17 +67,29 @@ def has_bad_rows(batch: object) -> bool:
     return bool((batch.row_weight == 1 / np.float32(BAD)).any())
 
 
+def odd(*_: object) -> None:
+    raise OddError("a number that nobody knows")
+
+
 def raising(
-    engine: PackedEngine, monkeypatch: pytest.MonkeyPatch, when: Callable[[object, bool], bool]
+    engine: PackedEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    when: Callable[[object, bool], bool],
+    *,
+    backward: bool = False,
 ) -> list[set[int]]:
-    """Let passes fail; whose rows were in each is noted."""
+    """Let passes fail, on their way forth or back; whose rows were in each is noted."""
     forward, seen = engine.model.forward, []
 
     def spoilt(batch, *, training):
         seen.append(lanes_in(batch))
-        if when(batch, training):
-            raise OddError("a number that nobody knows")
-        return forward(batch, training=training)
+        fails = when(batch, training)
+        if fails and not backward:
+            odd()
+        logits = forward(batch, training=training)
+        if fails:
+            logits.register_hook(odd)
+        return logits
 
     monkeypatch.setattr(engine.model, "forward", spoilt)
     return seen
@@ -86,7 +98,8 @@ def raising(
 def assert_failed(outcome: Outcome, steps: int) -> None:
     assert (outcome.state, outcome.steps) == (TrialState.FAILED, steps)
     assert outcome.reason == "OddError: a number that nobody knows"
-    assert "in spoilt" in outcome.traceback
+    assert "in odd" in outcome.traceback
+    assert outcome.traceback.count("Traceback") == 1  # its own error, and nobody else's
 
 
 def assert_undisturbed(
@@ -98,13 +111,16 @@ def assert_undisturbed(
         told = [(type(x), x.step) for x in recorder.told[n]]
         assert told == [(type(x), x.step) for x in expected.told[n]]
         np.testing.assert_allclose(recorder.losses[n], expected.losses[n], rtol=0, atol=NEIGHBOURS)
+        norms, others = ([step.grad_norm for step in one.steps[n]] for one in (recorder, expected))
+        np.testing.assert_allclose(norms, others, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(recorder.logits[n], expected.logits[n], rtol=0, atol=NEIGHBOURS)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_an_error_in_a_step_fails_its_own_trial_and_the_next_takes_the_place(
-    parts, lag, engine, plans, monkeypatch
+    parts, lag, backward, engine, plans, monkeypatch
 ):
     """Passes that were for nothing leave gradients, which must not count."""
     expected, _ = run(engine(parts=parts), plans)
@@ -112,7 +128,8 @@ def test_an_error_in_a_step_fails_its_own_trial_and_the_next_takes_the_place(
     made.lag = lag
     done = []
     monkeypatch.setattr(made.adamw, "update", noting(made.adamw.update, done))
-    raising(made, monkeypatch, lambda batch, _: len(done) == 3 and has_bad_rows(batch))
+    spoil = lambda batch, _: len(done) == 3 and has_bad_rows(batch)  # noqa: E731
+    raising(made, monkeypatch, spoil, backward=backward)
     recorder, outcomes = run(made, plans)
     assert_failed(outcomes[2], steps=3)
     assert recorder.losses[2] == pytest.approx(expected.losses[2][:3], abs=NEIGHBOURS)
@@ -146,6 +163,70 @@ def test_an_error_while_scoring_fails_its_own_trial(engine, make_plan, monkeypat
     assert seen == [{0, 1, 2}] * 5 + [{0}] * 2 + [{1}] + [{2}] * 2 + [{0, 2}] * 2
 
 
+def test_an_error_of_the_only_one_that_is_scored_is_its_own_if_another_can_be(
+    engine, make_plan, monkeypatch
+):
+    plans = [make_plan(1, seed=1, batch_size=15), make_plan(2, seed=2)]  # two steps an epoch; four
+    expected, _ = run(engine(), plans)
+    made = engine()
+    seen = raising(made, monkeypatch, lambda batch, training: not training and 0 in lanes_in(batch))
+    recorder, outcomes = Recorder(keep_nothing), {}
+    for outcome in made.run(plans, recorder):
+        outcomes[outcome.trial] = outcome
+        monkeypatch.undo()
+    assert_failed(outcomes[1], steps=2)
+    assert seen == [{0, 1}] * 2 + [{0}] + [{1}] * 2  # two steps, who is due, and the other
+    assert_undisturbed((recorder, outcomes), expected, (2,))
+
+
+def test_an_error_of_all_scoring_is_nobodys_own(engine, make_plan, monkeypatch):
+    plans = [make_plan(1, seed=1, batch_size=15), make_plan(2, seed=2)]
+    expected, _ = run(engine(), plans)
+    made = engine()
+    raising(made, monkeypatch, lambda batch, training: not training)
+    with pytest.raises(OddError):
+        list(made.run(plans, Recorder(keep_nothing)))
+    found = run(engine(), plans)
+    assert [facts.resumed_step for facts in found[0].facts.values()] == [2, 2]
+    assert_undisturbed(found, expected, (1, 2))
+
+
+def test_two_fail_each_by_an_error_of_its_own(engine, plans, monkeypatch):
+    made = engine()
+    forward = made.model.forward
+
+    def spoilt(batch, *, training):
+        whose = lanes_in(batch)
+        if 1 in whose:
+            raise ValueError("the second's\nand more of it")
+        if 2 in whose and made.model.lanes == 3:
+            raise KeyError("the third's")
+        return forward(batch, training=training)
+
+    monkeypatch.setattr(made.model, "forward", spoilt)
+    _, outcomes = run(made, plans[:3])
+    assert outcomes[1].state is TrialState.COMPLETED
+    assert outcomes[2].reason == "ValueError: the second's"  # a line
+    assert "and more of it" in outcomes[2].traceback
+    assert outcomes[3].reason == 'KeyError: "the third\'s"'
+    assert "ValueError" not in outcomes[3].traceback
+    assert "KeyError" not in outcomes[2].traceback
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_error_of_the_device_is_nobodys_own(lanes, engine, plans, monkeypatch):
+    made, calls = engine(lanes), []
+
+    def lost(batch, *, training):
+        calls.append(batch)
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(made.model, "forward", lost)
+    with pytest.raises(torch.AcceleratorError):
+        list(made.run(plans, Recorder(keep_nothing)))
+    assert len(calls) == 1  # nothing else is asked of it
+
+
 def test_a_trial_that_is_alone_fails_by_its_own_error_and_is_not_tried_again(
     engine, plans, monkeypatch
 ):
@@ -174,7 +255,7 @@ def test_an_error_that_is_not_one_trials_own_stops_the_sweep_and_trials_go_on_la
     first = Recorder(keep_nothing)
     with pytest.raises(OddError, match="that nobody knows"):
         list(made.run(plans, first))
-    assert len(first.told) == 3
+    assert {trial: len(told) for trial, told in first.told.items()} == {1: 2, 2: 2, 3: 2}
     recorder, outcomes = run(engine(), plans)
     assert [facts.resumed_step for facts in recorder.facts.values()] == [2, 2, 2]
     assert_undisturbed((recorder, outcomes), expected, (1, 2, 3))

@@ -288,6 +288,20 @@ def test_memory_that_runs_out_in_a_part_loses_no_step(which, engine, plans):
         np.testing.assert_allclose(whole.losses[trial], cut.losses[trial], rtol=0, atol=ROUNDING)
 
 
+def test_a_lack_of_memory_comes_before_what_it_did_to_another_part(engine, splits):
+    made = engine(2)
+    rows = [LaneRows(np.arange(10)), LaneRows(np.arange(10, 20))]
+    batches = made.passes.lay_out(splits[0], rows, training=True)
+
+    def work(batch):
+        if batch.part == 0:
+            raise ValueError("found nothing where it looked")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        made.passes.each(work, batches)
+
+
 def test_an_error_is_raised_when_all_parts_have_ended(engine, splits):
     made = engine(2)
     rows = [LaneRows(np.arange(10)), LaneRows(np.arange(10, 20))]

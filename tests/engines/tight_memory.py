@@ -26,6 +26,9 @@ ROOM = 3  # lanes, as they are measured: too little for eight, more than for two
 class Silent:
     def started(self, trial: int, facts: TrialFacts) -> None: ...
     def stepped(self, report: StepReport) -> None: ...
+    def shrank(self, lanes: int, why: str) -> None:
+        print(f"{why}: {lanes} lanes", file=sys.stderr)
+
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         return Verdict(keep=False, go_on=True)
 

@@ -2,14 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from lorasweep import load_report, load_spec, run_sweep
 from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import sweep_paths
+from lorasweep.model.packed_lora import PackedModel
 from lorasweep.sweep.engine_ledger import kept
-from lorasweep.sweep.events import Said, SweepStarted, TrialEvaluated
+from lorasweep.sweep.events import LanesShrank, Said, SweepStarted, TrialEvaluated
 from lorasweep.tracking.mlflow_tracker import MlflowTracker
 
 POINTS = """\
@@ -130,3 +133,51 @@ def test_each_command_that_trained_is_kept_and_no_other(four_points):
     run_sweep(spec, report=False)  # nothing is left to train
     assert [use.trials for use in kept(ledger)] == begun
     assert all(json.loads(line) for line in ledger.read_text().splitlines())
+
+
+def test_whoever_listens_is_told_that_there_are_fewer_lanes(four_points, monkeypatch):
+    forward, events, calls = PackedModel.forward, [], []
+
+    def once_full(self, batch, *, training):
+        if self.lanes == 2 and training:
+            calls.append(batch)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, training=training)
+
+    monkeypatch.setattr(PackedModel, "forward", once_full)
+    spec = load_spec(four_points, ["engine=packed", "lanes=2"])
+    result, _ = run_sweep(spec, listener=events.append, report=False)
+    assert [e for e in events if isinstance(e, LanesShrank)] == [LanesShrank(1, "out of memory")]
+    states = [record.state.value for record in result.records]
+    assert states == ["completed", "completed", "failed", "completed"]
+    (use,) = kept(sweep_paths(spec.output, spec.name).engine)
+    assert (use.lanes, use.halvings) == (1, 1)
+
+
+def test_a_trials_own_error_in_a_step_of_the_pack_is_kept_with_its_traceback(
+    four_points, monkeypatch
+):
+    forward = PackedModel.forward
+
+    def odd(self, batch, *, training):
+        second = (batch.row_spans.lane + batch.lanes.start == 1).any()
+        if training and self.lanes == 2 and second:
+            raise ZeroDivisionError("nothing to divide by")
+        return forward(self, batch, training=training)
+
+    monkeypatch.setattr(PackedModel, "forward", odd)
+    spec = load_spec(four_points, ["engine=packed", "lanes=2", "search.trials=2"])
+    result, _ = run_sweep(spec, report=False)
+    first, second = result.records
+    assert first.state is TrialState.COMPLETED
+    assert (second.state, second.reason) == (
+        TrialState.FAILED,
+        "ZeroDivisionError: nothing to divide by",
+    )
+    tracker, _ = runs_of(spec)
+    client, run = tracker.client, second.run_id
+    assert client.get_run(run).info.status == "FAILED"
+    text = Path(client.download_artifacts(run, "traceback.txt")).read_text(encoding="utf-8")
+    assert text.count("Traceback") == 1
+    assert text.rstrip().endswith("ZeroDivisionError: nothing to divide by")

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -136,13 +137,25 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
 
 
-def print_trials(records: Sequence[TrialRecord], best: TrialRecord | None, objective: str) -> None:
-    """Print the trials of a study as a table on stdout."""
+def print_trials(
+    records: Sequence[TrialRecord],
+    best: TrialRecord | None,
+    objective: str,
+    lanes: Mapping[int, int | None] = MappingProxyType({}),
+) -> None:
+    """Print the trials of a study as a table on stdout.
+
+    Args:
+        records: The trials.
+        best: The best so far.
+        objective: Name of the metric.
+        lanes: By the number of a trial that is trained in a pack.
+    """
     from rich.console import Console as RichConsole
 
     from lorasweep.cli.views import trial_table
 
-    rows = trial_table(records, best, objective)
+    rows = trial_table(records, best, objective, lanes)
     width = None if sys.stdout.isatty() else 120
     RichConsole(width=width, highlight=False).print(rows)
 

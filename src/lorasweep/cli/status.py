@@ -53,7 +53,13 @@ def command(spec_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             f"{spec.name}: not started. Start it with: lorasweep run {again(spec_file, overrides)}"
         )
         return
-    print_trials(records, best, spec.search.objective)
+    facts = {
+        record.number: study.facts(record.number)
+        for record in records
+        if record.state is TrialState.RUNNING
+    }
+    lanes = {number: found.lane for number, found in facts.items() if found}
+    print_trials(records, best, spec.search.objective, lanes)
     states = ", ".join(f"{count} {state.value}" for state, count in sorted(counts.items()))
     click.echo(f"{spec.name}: {done} of {spec.search.trials} trials done ({states})")
     click.echo(f"folder: {paths.sweep}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.core.outcomes import TrialRecord, TrialState
 from lorasweep.core.paths import run_name
 from lorasweep.sweep.events import (
     Event,
+    LanesShrank,
     Said,
     SweepStarted,
     TrainingEnded,
@@ -50,8 +51,8 @@ class QuietView(View):
     """Warnings only."""
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Warned):
-            print(f"warning: {event.message}", file=sys.stderr)
+        if isinstance(event, Warned | LanesShrank):
+            print(_line(event), file=sys.stderr)
 
 
 class PlainView(View):
@@ -93,6 +94,7 @@ class LiveView(View):
         self._started: SweepStarted | None = None
         self._best: TrialRecord | None = None
         self._ended = 0
+        self._lanes: int | None = None
         self._begun = time.monotonic()
 
     def show(self, event: Event) -> None:
@@ -100,6 +102,9 @@ class LiveView(View):
             case Said() | Warned():
                 style = "yellow" if isinstance(event, Warned) else "dim"
                 self._console.print(event.message, style=style, markup=False)
+            case LanesShrank():
+                self._lanes = event.lanes
+                self._console.print(_shrank(event), style="yellow", markup=False)
             case SweepStarted():
                 self._begin(event)
             case TrialStarted():
@@ -173,6 +178,8 @@ class LiveView(View):
             for row in self._rows.values()
         )
         parts = [f"{done} of {self._started.total} trials", self._started.engine]
+        if self._lanes is not None:
+            parts.append(f"now {_so_many(self._lanes)}")
         if self._best is not None:
             parts.append(f"best {run_name(self._best.number)}: {self._best.score:.4f}")
         left = self._started.total - done
@@ -184,9 +191,15 @@ class LiveView(View):
         return " · ".join(parts)
 
 
-def trial_table(records: Sequence[TrialRecord], best: TrialRecord | None, objective: str) -> Table:
-    """The trials of a study as a table for a terminal."""
-    return _table(map(_row, records), best.number if best else None, objective)
+def trial_table(
+    records: Sequence[TrialRecord],
+    best: TrialRecord | None,
+    objective: str,
+    lanes: Mapping[int, int | None],
+) -> Table:
+    """The trials of a study as a table for a terminal; ``lanes`` by trial, of those in a pack."""
+    rows = [replace(_row(record), lane=lanes.get(record.number)) for record in records]
+    return _table(rows, best.number if best else None, objective)
 
 
 def format_parameters(parameters: Mapping[str, Any]) -> str:
@@ -241,6 +254,14 @@ def _lane(row: _Row) -> str:
     return "" if row.lane is None or row.state.is_final else f"lane {row.lane}"
 
 
+def _so_many(lanes: int) -> str:
+    return f"{lanes} lane{'' if lanes == 1 else 's'}"
+
+
+def _shrank(event: LanesShrank) -> str:
+    return f"{event.why}: going on with {_so_many(event.lanes)}"
+
+
 def _progress(row: _Row) -> str:
     if row.since is None:
         return row.state.value
@@ -254,6 +275,8 @@ def _line(event: Event) -> str:
             return event.message
         case Warned():
             return f"warning: {event.message}"
+        case LanesShrank():
+            return f"warning: {_shrank(event)}"
         case SweepStarted():
             earlier = f", {len(event.earlier)} from earlier" if event.earlier else ""
             return f"{event.name}: {event.total} trials{earlier}; engine {event.engine}"

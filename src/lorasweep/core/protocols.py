@@ -38,6 +38,9 @@ class Reporter(Protocol):
     def stepped(self, report: StepReport) -> None:
         """A training loss is known."""
 
+    def shrank(self, lanes: int, why: str) -> None:
+        """Memory ran out, or is about to: no more than so many trials are trained at once now."""
+
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         """An epoch is over. The answer says whether to keep its adapter and whether to go on."""
         ...

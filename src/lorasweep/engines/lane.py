@@ -154,3 +154,8 @@ class PackUse:
         """Add the tokens of a pass, of all its parts."""
         self.tokens += sum(batch.tokens for batch in parts)
         self.attended += sum(batch.attended for batch in parts)
+
+    def add_tokens(self, other: PackUse) -> None:
+        """Add the tokens of another."""
+        self.tokens += other.tokens
+        self.attended += other.attended

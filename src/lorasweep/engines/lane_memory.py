@@ -85,14 +85,44 @@ def saved_bytes(
     return int(_WITH_FREE_PIECES * known + _AT_THE_PEAK * unknown)
 
 
+def scored_bytes(score: Callable[[], Tensor], device: torch.device) -> int:
+    """Measure the memory of a pass that leaves nothing for a way back; 0 where nothing tells.
+
+    Args:
+        score: Computes logits.
+        device: Where it computes.
+    """
+    if device.type == "cuda":
+        with torch.no_grad():
+            score()  # the first time, libraries take workspaces that they keep
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    elif (allocator := installed_step_memory()) is not None:
+        gc.collect()  # or what goes meanwhile would be taken off what comes
+        allocator.peak()
+        before = allocator.taken
+    else:
+        return 0
+    with torch.no_grad():
+        score()
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    assert allocator is not None
+    return int(_WITH_FREE_PIECES * (allocator.peak() - before))
+
+
 def lane_bytes(
     model: PackedModel,
     copies: FreshCopies,
     train: EncodedSplit,
     device: torch.device,
     largest: LargestTrial,
+    scored: tuple[EncodedSplit, int] | None = None,
 ) -> int | None:
-    """Measure what one more lane takes: a step at the longest rows, weights and moments.
+    """Measure what one more lane takes: weights, moments, and a step or a scoring.
+
+    Both are of the longest rows; the one that takes more counts.
 
     Every lane of a pack has room for each module that any of its lanes adapts, at the largest
     of their ranks. So the lane measured adapts all that any trial may, at once.
@@ -103,6 +133,7 @@ def lane_bytes(
         train: Where the rows are from.
         device: Where the pack computes.
         largest: What no trial goes beyond.
+        scored: The validation rows, and how many a lane has scored at once; None for none.
 
     Returns:
         Bytes; None where not even one lane fits.
@@ -123,15 +154,24 @@ def lane_bytes(
             forward().backward()
             model.weights.drop_gradients()
         weights = model.weights.weights
-        step = saved_bytes(forward, device, [*model.model.parameters(), weights])
+        passing = saved_bytes(forward, device, [*model.model.parameters(), weights])
+        if scored is not None:
+            passing = max(passing, _scoring(model, device, *scored))
         # Weights, gradients and both moments come on top.
-        return step + 4 * weights.nbytes
+        return passing + 4 * weights.nbytes
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
     finally:
         model.keep_lanes([])
+
+
+def _scoring(model: PackedModel, device: torch.device, split: EncodedSplit, rows: int) -> int:
+    """Measure a scoring of the longest rows of a split by a model's only lane."""
+    model.shared.keep(split, training=False)  # which the first evaluation would, for all lanes
+    batch = lay_out(split, [LaneRows(length_batches(split, rows)[0])], device, training=False)
+    return scored_bytes(lambda: model.forward(batch, training=False), device)
 
 
 def _widest(fresh: FreshClassifier, plans: tuple[AdapterPlan, ...]) -> AdapterPlan:

@@ -208,9 +208,8 @@ class PackRun:
         if places.ended:
             return  # one has just turned out to have failed: perhaps there is room without it
         self.engine.halve(most)
-        if self._lack_in(lambda: places.park_all_but(self.engine.capacity)) is None:
-            going_on = _lanes(self.engine.capacity)
-            _log.warning("out of memory: going on with at most %s", going_on)
+        self._lack_in(lambda: places.park_all_but(self.engine.capacity))
+        self.reporter.shrank(self.engine.capacity, "out of memory")
 
     def _shrink(self, trace: str) -> None:
         """Memory ran out in a step: park half of the lanes as they are.
@@ -224,13 +223,14 @@ class PackRun:
             return  # one has just turned out to have failed: perhaps there is room without it
         if (stay := len(places.going) // 2) and self._lack_in(places.park_half) is None:
             self.engine.halve(stay)
-            _log.warning("out of memory: going on with %s", _lanes(stay))
+            self.reporter.shrank(self.engine.capacity, "out of memory")
             return
         lane = places.going[-1]
         here = lane.plan.number, lane.mark
         if self._lacked == here:
             if stay:  # or whoever takes its place would have the same end
                 self.engine.halve(len(places.going) - 1)
+                self.reporter.shrank(self.engine.capacity, "out of memory")
             lane.end(TrialState.FAILED, needs_too_much(lane.plan), trace)
         else:
             self._lacked = here
@@ -247,7 +247,7 @@ class PackRun:
             if self._lack_in(places.park_half) is not None:
                 return
             self.engine.halve(stay)
-            _log.warning("memory is running out: going on with %s", _lanes(len(places.going)))
+            self.reporter.shrank(self.engine.capacity, "memory is running out")
 
     # -- between steps -----------------------------------------------------------------
 
@@ -287,12 +287,16 @@ class PackRun:
     def _evaluate(self, due: list[Lane]) -> None:
         """Score the validation rows with every lane that ended an epoch, and ask about each."""
         places, score = self.places, partial(validation_logits, self.engine, self.places.lanes)
+        failed = None
         try:
             scored = score(due)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            fail_culprits(due, lambda lane: score([lane]), error)
+            failed = error
+        if failed is not None:
+            others = [lane for lane in places.going if lane not in due]
+            fail_culprits(due, others, lambda lane: score([lane]), failed)
             return
         for lane, logits in zip(due, scored, strict=True):
             progress, plan = lane.progress, lane.plan
@@ -352,7 +356,3 @@ class PackRun:
 def _keep(lane: Lane, values: Mapping[str, torch.Tensor]) -> None:
     write_values(lane.adapter, values)
     save_adapter(lane.adapter, lane.plan.adapter_folder)
-
-
-def _lanes(number: int) -> str:
-    return f"{number} lane{'' if number == 1 else 's'}"

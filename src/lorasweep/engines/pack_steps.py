@@ -66,12 +66,15 @@ class PackSteps:
         """
         began = time.perf_counter()
         engine, lanes = self._engine, self._places.lanes
+        failed = None
         try:
             losses, batches = self._pass(lanes)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._fail_culprits(error)
+            failed = error
+        if failed is not None:
+            self._fail_culprits(failed)
             return
         engine.use.count(batches, len(lanes), self._places.idle)
         self._finish(losses)
@@ -108,7 +111,7 @@ class PackSteps:
         self.read_losses()
         if self._places.ended:
             return  # one has just turned out to have failed: perhaps it goes without that one
-        fail_culprits(self._places.going, lambda lane: self._pass([lane]), error)
+        fail_culprits(self._places.going, [], lambda lane: self._pass([lane]), error)
 
     def _forth_and_back(self, batch: PackedBatch) -> torch.Tensor:
         """Leave gradients at the parameters of a batch's lanes, and return their losses."""

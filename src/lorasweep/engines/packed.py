@@ -25,6 +25,7 @@ from lorasweep.engines.lane import Lane, PackUse
 from lorasweep.engines.lane_adamw import LaneAdamW
 from lorasweep.engines.lane_checkpoint import LaneCheckpoints
 from lorasweep.engines.lane_memory import free_bytes, lane_bytes
+from lorasweep.engines.lane_scoring import SCORED_ROWS
 from lorasweep.engines.pack_run import PackRun
 from lorasweep.engines.packing import Progress, lanes_that_fit
 from lorasweep.engines.passes import Passes
@@ -150,8 +151,10 @@ class PackedEngine:
         Returns:
             Bytes; None where not even one fits.
         """
+        largest = self.settings.largest
+        rows = min(self.settings.eval_batch_size, SCORED_ROWS * largest.batch_size)
         self.use.bytes_per_lane = lane_bytes(
-            self.model, self.copies, self.train, self.device, self.settings.largest
+            self.model, self.copies, self.train, self.device, largest, (self.validation, rows)
         )
         return self.use.bytes_per_lane
 

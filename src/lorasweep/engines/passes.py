@@ -15,6 +15,7 @@ from lorasweep.core.corpora import EncodedSplit
 from lorasweep.model.batch_parts import cut
 from lorasweep.model.packed_batch import LaneRows, PackedBatch, lay_out
 from lorasweep.model.packed_lora import PackedModel
+from lorasweep.model.torch_errors import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -81,7 +82,8 @@ class Passes:
             What each call returned.
 
         Raises:
-            Exception: What the first of them raised, after all have ended.
+            Exception: What the first of them raised, after all have ended; a lack of memory
+                before anything else, since the other may come of it.
         """
         pool = self._threads() if len(batches) > 1 else None
         if pool is None:
@@ -89,10 +91,14 @@ class Passes:
         under_way: list[Future[_T]] = []
         try:
             under_way.extend(pool.submit(work, batch) for batch in batches)
-            return [future.result() for future in under_way]
+            wait(under_way)
         finally:
             # Also on Ctrl-C: nobody may change what a part still reads.
             wait(under_way)
+        for future in under_way:
+            if is_out_of_memory(future.exception()):
+                future.result()
+        return [future.result() for future in under_way]
 
     def _threads(self) -> ThreadPoolExecutor | None:
         """Return the threads, started when first asked for; None where the system has none."""

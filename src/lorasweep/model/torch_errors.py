@@ -29,6 +29,11 @@ def is_of_onednns_code(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and str(error).endswith("could not create a primitive")
 
 
+def is_of_the_device(error: Exception) -> bool:
+    """Whether the accelerator itself failed: every later call to it fails as well."""
+    return isinstance(error, torch.AcceleratorError)
+
+
 def is_of_the_compiler(error: Exception) -> bool:
     """Whether ``torch.compile`` failed before any compiled code ran."""
     from torch._dynamo import exc  # torch itself loads it only where something is compiled

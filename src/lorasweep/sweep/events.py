@@ -78,6 +78,19 @@ class TrialStepped:
 
 
 @dataclass(frozen=True, slots=True)
+class LanesShrank:
+    """Fewer trials are trained at once from now on; those that have no place wait as they are.
+
+    Attributes:
+        lanes: How many, at most.
+        why: In a few words.
+    """
+
+    lanes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrialEvaluated:
     """An epoch was scored on the validation split.
 
@@ -117,6 +130,7 @@ Event = (
     | TrialStarted
     | TrialReady
     | TrialStepped
+    | LanesShrank
     | TrialEvaluated
     | TrialEnded
     | TrainingEnded

@@ -13,7 +13,13 @@ from lorasweep.core.plans import ParameterValue
 from lorasweep.core.protocols import Tracker
 from lorasweep.evaluation.metrics import score
 from lorasweep.search.study import Study
-from lorasweep.sweep.events import Listener, TrialEvaluated, TrialReady, TrialStepped
+from lorasweep.sweep.events import (
+    LanesShrank,
+    Listener,
+    TrialEvaluated,
+    TrialReady,
+    TrialStepped,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +77,9 @@ class SweepReporter:
         self._tracker.log_metrics(self._run_ids[report.trial], metrics, step=report.step)
         self._study.renew(report.trial)
         self._listener(TrialStepped(report.trial, report.step, report.steps, report.loss))
+
+    def shrank(self, lanes: int, why: str) -> None:
+        self._listener(LanesShrank(lanes, why))
 
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         metrics = score(evaluation.logits, self._labels, self._label_names)
