@@ -215,4 +215,6 @@ def test_the_page_says_how_the_trials_were_trained(make_sweep) -> None:  # type:
     text = written_page(make_sweep(engine_uses=uses)).text
     assert "packed, 4 lanes 7 4 3.0 75.0% 85.0% 90.0% 143 MiB 2" in text
     assert "trainer (<b>why</b>) 1 1 – – – – – –" in text
+    assert "on a CPU without the compiled allocator it is counted" in text
+    assert "trials that were trained together shared it" in text
     assert "How the trials were trained" not in written_page(make_sweep()).text
