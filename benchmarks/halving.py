@@ -7,11 +7,14 @@ python benchmarks/halving.py --trials 4 --epochs 2 --train-rows 64 --validation-
 64 trials of at most 4 epochs, halved after the first and the second, on the same space. The best
 is the best that any contender found in that turn; the time is from the start of the process, with
 imports, model loading, tokenisation and evaluation, to the first evaluation within 0.005 of it.
+Beside it stands the mean over all trials of their best score: of points that differ, so it says
+whether both train alike, not which search is better.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from typing import Any
 
@@ -40,6 +43,22 @@ def reached(evaluations: list[list[float]], target: float) -> float | None:
     return next((at for at, _, _, score in sorted(evaluations) if score >= target), None)
 
 
+def mean_best(runs: list[dict[str, Any]]) -> dict[str, float | int | None]:
+    """Mean over trials of the best score of each, with its standard error."""
+    best: dict[tuple[int, int], float] = {}
+    for found in runs:
+        for _, trial, _, score in found["evaluations"]:
+            which = found["turn"], trial
+            best[which] = max(score, best.get(which, score))
+    several = len(best) > 1
+    error = statistics.stdev(best.values()) / math.sqrt(len(best)) if several else None
+    return {
+        "mean": statistics.mean(best.values()),
+        "standard_error": error,
+        "trials": len(best),
+    }
+
+
 def summary(taken: Results) -> tuple[dict[str, Any], str]:
     """Compare the times to the target, turn by turn; who never got there is said to be so."""
     best = {
@@ -64,11 +83,12 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
             name: {run["turn"]: best[name, run["turn"]] for run in runs}
             for name, runs in taken.items()
         },
+        "mean_best_f1": {name: mean_best(runs) for name, runs in taken.items()},
         "times_as_long_to_target_as": {first: {}},
         "times_as_long_in_all_as": {first: whole},
     }
-    head = ["contender", "runs", "best F1", "s to target", "× as long", "s in all", "× as long"]
-    rows = [head]
+    head = ["contender", "runs", "best F1", "mean best F1 of trials"]
+    rows = [[*head, "s to target", "× as long", "s in all", "× as long"]]
     for name, runs in taken.items():
         both = [
             # Who never reached it took longer than all its time: a lower bound of the ratio.
@@ -79,12 +99,14 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
         never = sum(found is None for found in times[name].values())
         ratio = statistics.median(both) if both else None
         report["times_as_long_to_target_as"][first][name] = {"ratio": ratio, "never": never}
+        mean, error, trials = report["mean_best_f1"][name].values()
         known = [found for found in times[name].values() if found is not None]
         rows.append(
             [
                 name,
                 str(len(runs)),
                 f"{statistics.median(best[name, run['turn']] for run in runs):.4f}",
+                f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "") + f" ({trials})",
                 (f"{statistics.median(known):.1f}" if known else "–")
                 + (f" (never in {never})" if never else ""),
                 ("> " if never else "") + f"{ratio:.2f}" if ratio else "–",

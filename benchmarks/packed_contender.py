@@ -31,6 +31,9 @@ class BestScores:
     def stepped(self, report: StepReport) -> None:
         pass
 
+    def shrank(self, lanes: int, why: str) -> None:
+        pass
+
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         from sklearn.metrics import f1_score
 
@@ -103,6 +106,7 @@ def packed(
         "precision": engine.precision,
         "pack_steps": use.steps,
         "lane_steps": use.lane_steps,
+        "step_time_share": use.step_seconds / use.seconds,
         "lanes_busy": use.lane_steps / max(1, use.steps * places),
         "lanes_busy_while_plans_remained": lane_steps / (steps * places) if steps else None,
         "real_share_in_attention": use.tokens / max(1, use.attended),

@@ -4,7 +4,8 @@ python benchmarks/refill.py --lanes 4
 python benchmarks/refill.py --lanes 2 --trials 4 --train-rows 160 --validation-rows 64 --repeats 1
 
 Lanes should be fewer than trials, else nothing is refilled. How busy the lanes are is counted
-twice: over the whole run, and while plans remained, that is until the last trial was started.
+twice, by steps: over the whole run, and while plans remained, that is until the last trial was
+started. Between steps all lanes stand still (evaluation, new lanes): the last column.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _BUSY = ("lanes_busy_while_plans_remained", "lanes_busy")
 def busy(taken: Results) -> tuple[dict[str, Any], str]:
     """Add to times and scores how busy the lanes were."""
     report, table = summary(taken, CONTENDERS)
-    rows = [["lanes busy", "while plans remained", "overall", "pack steps"]]
-    report["lanes_busy"] = {}
+    rows = [["lanes busy", "while plans remained", "overall", "pack steps", "time in steps"]]
+    report["lanes_busy"], report["step_time_share"] = {}, {}
     for name, runs in taken.items():
         shares = {
             key: statistics.median(found)
@@ -45,7 +46,11 @@ def busy(taken: Results) -> tuple[dict[str, Any], str]:
         }
         report["lanes_busy"][name] = shares
         words = [f"{shares[key]:.1%}" if key in shares else "–" for key in _BUSY]
-        rows.append([name, *words, str(runs[0]["pack_steps"])])
+        # Runs that an older version measured don't know it.
+        known = [run["step_time_share"] for run in runs if "step_time_share" in run]
+        in_steps = report["step_time_share"][name] = statistics.median(known) if known else None
+        told = "–" if in_steps is None else f"{in_steps:.1%}"
+        rows.append([name, *words, str(runs[0]["pack_steps"]), told])
     return report, f"{table}\n\n{columns(rows)}"
 
 

@@ -173,6 +173,43 @@ def test_peak_relates_the_packs_arithmetic_to_torchs_products(
     assert found["medians"]["packed"]["share_of_peak"] == one["share_of_peak"]
 
 
+def test_refill_counts_steps_and_places_of_each_way_to_pack(
+    sentences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    cut = ("--trials", "4", "--lanes", "2", "--train-rows", "32", "--repeats", "1")
+    table = run("refill", *cut, "--out", str(out), data=sentences)
+    runs = {name: one for name, (one,) in json.loads(out.read_text("utf-8"))["runs"].items()}
+    # Trials of 2, 8, 4 and 6 steps: two behind one another beside the second; or in pairs.
+    assert {name: one["pack_steps"] for name, one in runs.items()} == {
+        "refilled": 2 + 4 + 6,
+        "fixed packs": 8 + 6,
+        "equal epochs": 4 + 8,
+    }
+    assert {one["lane_steps"] for one in runs.values()} == {20}
+    assert runs["refilled"]["lanes_busy_while_plans_remained"] == 1.0
+    assert runs["fixed packs"]["lanes_busy"] == pytest.approx(20 / 28)
+    shares = [one["step_time_share"] for one in runs.values()]
+    assert all(0 < share < 1 for share in shares)
+    assert all(f"{share:.1%}" in table for share in shares)
+
+
+def test_ablation_really_switches_parts_off(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    chosen = ("everything on", "padded to the lane", "padded to the pack", "one lane")
+    cut = ("--trials", "2", "--epochs", "1", "--lanes", "2", "--train-rows", "32", "--repeats", "1")
+    run("ablation", *chosen, *cut, "--out", str(out), data=sentences)
+    runs = {name: one for name, (one,) in json.loads(out.read_text("utf-8"))["runs"].items()}
+    assert {name: (one["lanes"], one["pack_steps"]) for name, one in runs.items()} == {
+        "everything on": (2, 2),
+        "padded to the lane": (2, 2),
+        "padded to the pack": (2, 2),
+        "one lane": (1, 4),
+    }
+    assert "real_share" not in runs["everything on"]
+    assert runs["padded to the pack"]["real_share"] <= runs["padded to the lane"]["real_share"] < 1
+
+
 def test_a_contender_that_fails_is_named_in_the_results(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     run("makespan", "packed", "--repeats", "1", "--out", str(out), data=tmp_path, exit_code=1)
@@ -222,9 +259,28 @@ def test_the_time_to_the_target_is_that_of_the_first_score_as_good(
         "lorasweep": [{"turn": 0, "seconds": 13.0, "evaluations": ours}],
         "ray tune": [{"turn": 0, "seconds": 36.0, "evaluations": theirs}],
     }
-    report, _ = halving.summary(taken)
+    report, table = halving.summary(taken)
+    ours_mean, theirs_mean = report["mean_best_f1"].values()
+    assert ours_mean == {
+        "mean": pytest.approx((0.897 + 0.901) / 2),
+        "standard_error": pytest.approx(0.002),
+        "trials": 2,
+    }
+    assert theirs_mean == {"mean": 0.89, "standard_error": None, "trials": 1}
+    assert "0.8990 ± 0.0020 (2)" in table
+    assert "0.8900 (1)" in table
     assert report["target_f1_by_turn"] == {0: pytest.approx(0.896)}
     assert report["seconds_to_target_by_turn"]["lorasweep"] == {0: 9.0}
     # It never got there: all its time is a lower bound.
     never = report["times_as_long_to_target_as"]["lorasweep"]["ray tune"]
     assert never == {"ratio": 4.0, "never": 1}
+
+
+def test_each_of_rays_trials_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    seed_of = importlib.import_module("ray_contender").seed_of
+    points = [{"learning_rate": rate, "rank": 8} for rate in (1e-4, 1.1e-4)]
+    seeds = {seed_of(point, seed) for point in points for seed in (1, 1001)}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**32 for seed in seeds)  # what numpy takes
+    assert seed_of({"rank": 8, "learning_rate": 1e-4}, 1) == seed_of(points[0], 1)
