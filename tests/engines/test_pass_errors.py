@@ -48,13 +48,13 @@ def plans(make_plan) -> list[TrialPlan]:
 
 
 def run(
-    engine: PackedEngine, plans: list[TrialPlan], recorder: Recorder | None = None
+    engine: PackedEngine, plans: list[TrialPlan], at_an_end: Callable[[], None] = lambda: None
 ) -> tuple[Recorder, dict[int, Outcome]]:
-    recorder = Recorder(keep_nothing) if recorder is None else recorder
-    outcomes = {}
+    recorder, outcomes = Recorder(keep_nothing), {}
     for outcome in engine.run(plans, recorder):
         outcomes[outcome.trial] = outcome
         recorder.events.append(outcome)
+        at_an_end()
     return recorder, outcomes
 
 
@@ -128,8 +128,12 @@ def test_an_error_in_a_step_fails_its_own_trial_and_the_next_takes_the_place(
     made.lag = lag
     done = []
     monkeypatch.setattr(made.adamw, "update", noting(made.adamw.update, done))
-    spoil = lambda batch, _: len(done) == 3 and has_bad_rows(batch)  # noqa: E731
-    raising(made, monkeypatch, spoil, backward=backward)
+    raising(
+        made,
+        monkeypatch,
+        lambda batch, _: len(done) == 3 and has_bad_rows(batch),
+        backward=backward,
+    )
     recorder, outcomes = run(made, plans)
     assert_failed(outcomes[2], steps=3)
     assert recorder.losses[2] == pytest.approx(expected.losses[2][:3], abs=NEIGHBOURS)
@@ -152,10 +156,7 @@ def test_an_error_while_scoring_fails_its_own_trial(engine, make_plan, monkeypat
     expected, _ = run(engine(), plans)
     made = engine()
     seen = raising(made, monkeypatch, lambda batch, training: not training and 1 in lanes_in(batch))
-    recorder, outcomes = Recorder(keep_nothing), {}
-    for outcome in made.run(plans, recorder):
-        outcomes[outcome.trial] = outcome
-        monkeypatch.undo()
+    recorder, outcomes = run(made, plans, monkeypatch.undo)
     assert_failed(outcomes[2], steps=4)
     assert 2 not in recorder.logits
     assert_undisturbed((recorder, outcomes), expected, (1, 3))
@@ -170,10 +171,7 @@ def test_an_error_of_the_only_one_that_is_scored_is_its_own_if_another_can_be(
     expected, _ = run(engine(), plans)
     made = engine()
     seen = raising(made, monkeypatch, lambda batch, training: not training and 0 in lanes_in(batch))
-    recorder, outcomes = Recorder(keep_nothing), {}
-    for outcome in made.run(plans, recorder):
-        outcomes[outcome.trial] = outcome
-        monkeypatch.undo()
+    recorder, outcomes = run(made, plans, monkeypatch.undo)
     assert_failed(outcomes[1], steps=2)
     assert seen == [{0, 1}] * 2 + [{0}] + [{1}] * 2  # two steps, who is due, and the other
     assert_undisturbed((recorder, outcomes), expected, (2,))
