@@ -172,3 +172,14 @@ def test_samples_have_the_label_of_the_split_that_they_are_from(make_sweep) -> N
 @pytest.mark.parametrize("module", [wording, drawing])
 def test_examples_in_docstrings(module) -> None:  # type: ignore[no-untyped-def]
     assert doctest.testmod(module).failed == 0
+
+
+def test_who_searched_seeds_is_not_told_that_there_was_one(make_sweep):  # type: ignore[no-untyped-def]
+    sweep = make_sweep()
+    trials = tuple(
+        replace(one, parameters={**one.parameters, "seed": one.number}) for one in sweep.trials
+    )
+    told = said(replace(sweep, trials=trials))
+    assert "Seeds were searched too" in told
+    assert "trained with one seed" not in told
+    assert "Seeds were searched" not in said(sweep)

@@ -164,6 +164,8 @@ def _seed_noise(sweep: FinishedSweep) -> Iterator[str]:
         and sweep.best.score - (trial.score or 0.0) <= noise
     ]
     told = "Every configuration was trained with one seed, whose noise isn't in these numbers."
+    if any("seed" in trial.parameters for trial in scored):
+        told = "Seeds were searched too: the winner's score is that of the luckiest, so too high."
     if close:
         others = ", ".join(str(trial.number) for trial in close[:8])
         more = ", …" if len(close) > 8 else ""
