@@ -75,6 +75,7 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
         for name, runs in taken.items()
     }
     first = next(iter(taken))
+    whole_of_first = {run["turn"]: run["seconds"] for run in taken[first]}
     whole = ratios(taken, CONTENDERS)
     report: dict[str, Any] = {
         "target_f1_by_turn": targets,
@@ -87,18 +88,27 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
         "times_as_long_to_target_as": {first: {}},
         "times_as_long_in_all_as": {first: whole},
     }
+    first_never = sum(found is None for found in times[first].values())
+    bounds = {(False, False): "", (True, False): "> ", (False, True): "< ", (True, True): "~ "}
     head = ["contender", "runs", "best F1", "mean best F1 of trials"]
     rows = [[*head, "s to target", "× as long", "s in all", "× as long"]]
     for name, runs in taken.items():
+        # Who never reached it took longer than all its time. Where it is the first contender that
+        # never did, the ratio is at most this; where it is the other, at least. Where neither did,
+        # there is none.
         both = [
-            # Who never reached it took longer than all its time: a lower bound of the ratio.
-            (times[name][turn] or run["seconds"]) / base
+            (times[name][turn] or run["seconds"]) / (times[first][turn] or whole_of_first[turn])
             for run in runs
-            if (base := times[first].get(turn := run["turn"]))
+            if (turn := run["turn"]) in times[first]
+            and (times[name][turn] is not None or times[first][turn] is not None)
         ]
         never = sum(found is None for found in times[name].values())
         ratio = statistics.median(both) if both else None
-        report["times_as_long_to_target_as"][first][name] = {"ratio": ratio, "never": never}
+        report["times_as_long_to_target_as"][first][name] = {
+            "ratio": ratio,
+            "never": never,
+            "first_never": first_never,
+        }
         mean, error, trials = report["mean_best_f1"][name].values()
         known = [found for found in times[name].values() if found is not None]
         rows.append(
@@ -109,7 +119,7 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
                 f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "") + f" ({trials})",
                 (f"{statistics.median(known):.1f}" if known else "–")
                 + (f" (never in {never})" if never else ""),
-                ("> " if never else "") + f"{ratio:.2f}" if ratio else "–",
+                bounds[bool(never), bool(first_never)] + f"{ratio:.2f}" if ratio else "–",
                 f"{statistics.median(run['seconds'] for run in runs):.1f}",
                 f"{whole[name]:.2f}" if name in whole else "–",
             ]

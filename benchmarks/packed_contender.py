@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +75,9 @@ def packed(
         whole: Each pass goes through the base in one piece, instead of in halves.
         laid_out: False leaves the base's weights as they are, to ``F.linear``.
     """
+    began = time.perf_counter()
     base, train, validation = opened(work, base_dropout)
+    opened_at = time.perf_counter()
     from lorasweep.engines.packed import PackedEngine
     from lorasweep.model import frozen_linear
 
@@ -87,6 +90,7 @@ def packed(
     if not shared:
         engine.model.shared.most_bytes = 0
     scores, places = BestScores(validation.labels), engine.capacity
+    built_at = time.perf_counter()
     busy: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as folder, _padded(padded, base.pad_id) as rows:
         plans = work.plans(Path(folder), dropout, top_layers)
@@ -110,17 +114,26 @@ def packed(
         "lanes_busy": use.lane_steps / max(1, use.steps * places),
         "lanes_busy_while_plans_remained": lane_steps / (steps * places) if steps else None,
         "real_share_in_attention": use.tokens / max(1, use.attended),
+        "as_it_ran": _as_it_ran(engine),
+        "phases": {  # seconds
+            "imports, texts, base": opened_at - began,
+            "engine, lanes measured": built_at - opened_at,
+            "steps": use.step_seconds,
+            "evaluation, building lanes, writing": use.seconds - use.step_seconds,
+        },
         **rows,
         **{k: v for k, v in dataclasses.asdict(use).items() if k.startswith(("bytes", "halved"))},
     }
 
 
-def trainer_engine(work: Work) -> dict[str, Any]:
+def trainer_engine(
+    work: Work, *, precision: Literal["auto", "fp32", "bf16"] = "auto"
+) -> dict[str, Any]:
     """Run the reference engine: one Trainer per trial, in the packed engine's data order."""
     from lorasweep.engines.trainer import TrainerEngine
 
     base, train, validation = opened(work)
-    settings = EngineSettings(eval_batch_size=EVAL_BATCH_SIZE)
+    settings = EngineSettings(precision=precision, eval_batch_size=EVAL_BATCH_SIZE)
     scores = BestScores(validation.labels)
     with tempfile.TemporaryDirectory() as folder:
         engine = TrainerEngine(base, train, validation, settings)
@@ -139,6 +152,23 @@ def opened(work: Work, base_dropout: float | None = None) -> tuple[Any, EncodedS
     base = open_base(spec, LABELS)
     train, validation = (encode(split, base.tokenizer, MAX_LENGTH) for split in splits)
     return base, train, validation
+
+
+def _as_it_ran(engine: Any) -> dict[str, Any]:
+    """What was switched on, asked of the engine itself."""
+    from lorasweep.model.frozen_linear import FrozenLinear
+    from lorasweep.model.kernels import kernels_for
+    from lorasweep.model.packed_modules import KeyedDropout
+
+    modules = list(engine.model.model.modules())
+    frozen = [module for module in modules if isinstance(module, FrozenLinear)]
+    return {
+        "parts_of_a_pass": engine.passes.most,
+        "weights_laid_out": any(module.laid_out is not None for module in frozen),
+        "base_dropout": any(isinstance(module, KeyedDropout) and module.p for module in modules),
+        "lower_layers_kept": bool(engine.model.shared._kept),
+        "compiled_kernels": kernels_for(engine.model.weights.weights) is not None,
+    }
 
 
 def _noting(plans: Sequence[TrialPlan], start: int, stop: int, note: Any) -> Iterator[TrialPlan]:

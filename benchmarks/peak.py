@@ -156,6 +156,7 @@ def peak(work: Work) -> dict[str, Any]:
         "precision": engine.precision,
         "torch_counts_of_formula": agreement,
         "tokens_in_median_step": products.tokens,
+        "f1": [watch.best[number] for number in range(len(plans))],
         **_related([useful_flops(shape, step) for step in steps], watch.seconds, products),
     }
 
@@ -217,12 +218,13 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
         name: {key: statistics.median(run[key] for run in runs) for key in _MEDIANS}
         for name, runs in taken.items()
     }
-    rows = [
-        ["contender", "runs", "ms a step", "useful GFLOP/s", "of peak", "outside base products"]
-    ]
+    head = ["contender", "runs", "ms a step", "useful GFLOP/s", "of peak", "outside base products"]
+    rows = [[*head, "mean best F1"]]
     for name, one in found.items():
         share, outside, rate, step = (one[key] for key in _MEDIANS)
         words = [f"{1000 * step:.0f}", f"{rate:.0f}", f"{share:.1%}", f"{outside:.1%} of time"]
+        scores = [score for run in taken[name] for score in run.get("f1", ())]
+        words.append(f"{statistics.mean(scores):.4f}" if scores else "–")
         rows.append([name, str(len(taken[name])), *words])
     run = next(iter(taken.values()))[0]
     shapes = ", ".join(

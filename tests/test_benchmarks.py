@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 _FOLDER = Path(__file__).parents[1] / "benchmarks"
-_SCRIPTS = ("makespan", "distilbert", "refill", "peak", "ablation", "halving")
+_SCRIPTS = (
+    "makespan",
+    "distilbert",
+    "architectures",
+    "refill",
+    "peak",
+    "step_profile",
+    "ablation",
+    "halving",
+)
 
 
 def run(script: str, *words: str, data: Path | None = None, exit_code: int = 0) -> str:
@@ -173,6 +182,23 @@ def test_peak_relates_the_packs_arithmetic_to_torchs_products(
     assert found["medians"]["packed"]["share_of_peak"] == one["share_of_peak"]
 
 
+def test_a_profile_says_what_a_step_is_made_of(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    # Four steps an epoch; twenty of them warm up.
+    cut = ("--lanes", "2", "--repeats", "1", "--epochs", "7")
+    table = run("step_profile", "minilm", *cut, "--out", str(out), data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    (one,) = found["runs"]["minilm"]
+    shares = found["share_of_a_step"]["minilm"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["the base's products"] > 0.1
+    assert shares["LoRA and heads"] > 0.01
+    assert shares["attention"] > 0.01
+    assert shares["the rest"] < 0.5
+    assert one["profiled_steps"] == 8
+    assert f"{shares['attention']:.1%}" in table
+
+
 def test_refill_counts_steps_and_places_of_each_way_to_pack(
     sentences: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +234,71 @@ def test_ablation_really_switches_parts_off(sentences: Path, tmp_path: Path) -> 
     }
     assert "real_share" not in runs["everything on"]
     assert runs["padded to the pack"]["real_share"] <= runs["padded to the lane"]["real_share"] < 1
+
+
+def test_each_switch_of_the_ablation_changes_what_the_engine_runs(
+    sentences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    off = {
+        "fp32": ("precision", "fp32"),
+        "whole passes": ("parts_of_a_pass", 1),
+        "weights not laid out": ("weights_laid_out", False),
+        "no dropout": ("base_dropout", False),
+        "kernels off": ("compiled_kernels", False),
+    }
+    chosen = ("everything on", *off, "fixed packs", "top layers", "top layers, not kept")
+    # Three trials in two lanes, of two and four steps: one is refilled.
+    cut = ("--trials", "3", "--epochs", "1", "2", "--lanes", "2", "--train-rows", "32")
+    run("ablation", *chosen, *cut, "--repeats", "1", "--out", str(out), data=sentences)
+    runs = {name: one for name, (one,) in json.loads(out.read_text("utf-8"))["runs"].items()}
+    ran = {name: {"precision": one["precision"], **one["as_it_ran"]} for name, one in runs.items()}
+    with_all = ran["everything on"]
+    assert with_all["weights_laid_out"]
+    assert with_all["compiled_kernels"]
+    assert with_all["base_dropout"]
+    for name, (what, value) in off.items():
+        assert ran[name][what] == value
+        # Without bf16 or two cores there is nothing to switch off.
+        if what not in ("precision", "parts_of_a_pass"):
+            assert ran[name] == {**with_all, what: value}
+    assert (runs["everything on"]["pack_steps"], runs["fixed packs"]["pack_steps"]) == (4, 6)
+    assert ran["top layers"]["lower_layers_kept"]
+    assert not ran["top layers, not kept"]["lower_layers_kept"]
+
+
+def test_every_rival_does_the_same_trials(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    rivals = {"tuned": "bf16", "as shipped": "fp32", "notebook": "fp32", "trainer engine": None}
+    cut = ("--trials", "2", "--train-rows", "32", "--epochs", "1", "--repeats", "1")
+    run("makespan", "packed", *rivals, *cut, "--out", str(out), data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["failed"] == {}
+    for name, precision in rivals.items():
+        (one,) = found["runs"][name]
+        assert precision in (None, one["precision"])
+        assert len(one["f1"]) == 2
+        assert all(0 <= score <= 1 for score in one["f1"])
+        assert found["times_as_long_as"][name]["packed"] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("distilbert", ("packed", "tuned", "--trials", "1")),
+        ("architectures", ("modernbert, packed, fp32", "modernbert, trainer, fp32", "--trials=2")),
+        ("halving", ("lorasweep", "--trials", "2")),
+    ],
+)
+def test_the_other_comparisons_run_through(
+    script: str, words: tuple[str, ...], sentences: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    cut = ("--train-rows", "63", "--epochs", "1", "--repeats", "1", "--out", str(out))
+    run(script, *words, *cut, data=sentences)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["failed"] == {}
+    assert all(len(runs) == 1 for runs in found["runs"].values())
 
 
 def test_a_contender_that_fails_is_named_in_the_results(tmp_path: Path) -> None:
@@ -273,7 +364,26 @@ def test_the_time_to_the_target_is_that_of_the_first_score_as_good(
     assert report["seconds_to_target_by_turn"]["lorasweep"] == {0: 9.0}
     # It never got there: all its time is a lower bound.
     never = report["times_as_long_to_target_as"]["lorasweep"]["ray tune"]
-    assert never == {"ratio": 4.0, "never": 1}
+    assert never == {"ratio": 4.0, "never": 1, "first_never": 0}
+    assert "> 4.00" in table
+
+
+def test_a_turn_in_which_only_the_other_reached_the_target_counts_against_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(_FOLDER))
+    halving = importlib.import_module("halving")
+    good, bad = [(10.0, 0, 1, 0.9)], [(5.0, 0, 1, 0.8)]
+    taken = {
+        "lorasweep": [{"turn": turn, "seconds": 20.0, "evaluations": bad} for turn in range(3)],
+        "ray tune": [{"turn": turn, "seconds": 40.0, "evaluations": good} for turn in range(3)],
+    }
+    report, table = halving.summary(taken)
+    # All of our time was too short for it, so it took at most half as long.
+    found = report["times_as_long_to_target_as"]["lorasweep"]
+    assert found["ray tune"] == {"ratio": 0.5, "never": 0, "first_never": 3}
+    assert found["lorasweep"] == {"ratio": None, "never": 3, "first_never": 3}
+    assert "< 0.50" in table
 
 
 def test_each_of_rays_trials_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def report_sweep(
     spec: Spec | str | Path,
     overrides: Iterable[str] = (),
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     listener: Listener = nobody,
 ) -> SweepReport:
     """Write the report of a sweep that was run, finished or not.
@@ -98,15 +98,16 @@ def report_sweep(
     """
     spec = _spec(spec, overrides)
     must_exist(spec)
-    if out is not None:
-        check_out(out)  # before the test split is opened
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_out(folder)  # before the test split is opened
     with open_sweep(spec, listener) as sweep:
-        return _write(sweep, out or sweep.prepared.paths.report, listener)
+        return _write(sweep, folder or sweep.prepared.paths.report, listener)
 
 
 def export_sweep(
     spec: Spec | str | Path,
-    to: Path,
+    to: str | Path,
     overrides: Iterable[str] = (),
     *,
     listener: Listener = nobody,
@@ -137,7 +138,7 @@ def export_sweep(
             "spec_fingerprint": prepared.fingerprint,
             "data_fingerprint": prepared.corpus.fingerprint,
         }
-        return export(prepared.base, prepared.paths.adapter(best.number), to, manifest)
+        return export(prepared.base, prepared.paths.adapter(best.number), Path(to), manifest)
 
 
 def _spec(spec: Spec | str | Path, overrides: Iterable[str]) -> Spec:

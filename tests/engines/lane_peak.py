@@ -1,6 +1,7 @@
 """Train a pack of so many lanes, and print what a lane was said to take and the process's peak.
 
-A script of its own, since the peak is the whole process's: ``python lane_peak.py LANES FOLDER``.
+A script of its own, since the peak is the whole process's:
+``python lane_peak.py LANES FOLDER PRECISION``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from lorasweep.model.base import open_base
 from lorasweep.spec.schema import ModelSpec
 
 
-def main(lanes: int, folder: Path) -> None:
+def main(lanes: int, folder: Path, precision: str) -> None:
     base = open_base(ModelSpec(name="embedded/minilm", max_length=128), ("no", "yes"))
     largest = LargestTrial(16, (AdapterPlan(8, 16.0, 0.1),))
-    settings = EngineSettings(precision="fp32", device="cpu", largest=largest)
+    settings = EngineSettings(precision=precision, device="cpu", largest=largest)
     # Eight steps of rows of equal length, an evaluation, and no fragments of other sizes.
     engine = PackedEngine(base, split_of(128, 64), split_of(64, 64), settings, lanes)
     claim = engine.measure_lane()
@@ -40,4 +41,4 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -51,6 +51,9 @@ class Recorder:
         numbers = report.loss, report.learning_rate, report.grad_norm
         self.steps[report.trial].append(numbers)
 
+    def shrank(self, lanes: int, why: str) -> None:
+        raise AssertionError(f"{why}: {lanes} lanes")  # told as the pack's error
+
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         self.logits[evaluation.trial].append(evaluation.logits.tolist())
         return Verdict(keep=True, go_on=True)

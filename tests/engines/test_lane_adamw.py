@@ -122,6 +122,14 @@ def test_an_update_that_cannot_be_compiled_or_gets_it_wrong_is_not_taken(caplog)
         assert "\n" not in caplog.records[0].getMessage()
 
 
+def test_a_device_that_dies_while_an_update_is_tried_is_no_refusal():
+    def dies(*_: torch.Tensor) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        proven(lambda: dies, CPU)
+
+
 def test_where_other_shapes_cannot_be_compiled_the_update_is_made_all_the_same(caplog):
     found = []
     for arithmetic in (adamw, without_compiler):

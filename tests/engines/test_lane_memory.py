@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from equal_rows import rows_of_length
+from recorder import Recorder, keep_nothing
 
 from lorasweep.core.corpora import EncodedSplit
 from lorasweep.core.plans import AdapterPlan, EngineSettings, LargestTrial
@@ -212,13 +213,14 @@ def test_where_memory_really_runs_out_the_lanes_are_halved_and_no_trial_is_lost(
     assert found["ends"] == {str(number): ["completed", 2, ""] for number in range(8)}
 
 
-def test_what_a_lane_is_said_to_take_is_what_the_process_takes_for_it(tmp_path):
+@pytest.mark.parametrize(("precision", "threads"), [("fp32", "1"), ("bf16", "2")])
+def test_what_a_lane_is_said_to_take_is_what_the_process_takes_for_it(tmp_path, precision, threads):
     """Evaluation included; where rows change in length, fragments of the heap come on top."""
-    found = {}
+    script, found = Path(__file__).with_name("lane_peak.py"), {}
     for lanes in (2, 8):
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("lane_peak.py"), str(lanes), tmp_path],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, script, str(lanes), tmp_path, precision],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
             capture_output=True,
             text=True,
             check=False,
@@ -257,16 +259,9 @@ def test_scoring_many_lanes_takes_no_more_than_their_steps(layers, make_plan):
 
 
 def test_the_use_of_either_engine_is_one_record(open_tiny, splits, make_plan, make_engine):
-    class Silent:
-        def started(self, trial, facts): ...
-        def stepped(self, report): ...
-        def evaluated(self, evaluation):
-            from lorasweep.core.outcomes import Verdict
-
-            return Verdict(keep=False, go_on=True)
-
     packed = make_engine(2)
-    list(packed.run([make_plan(n, seed=n, epochs=1 + n % 2) for n in range(4)], Silent()))
+    plans = [make_plan(n, seed=n, epochs=1 + n % 2) for n in range(4)]
+    list(packed.run(plans, Recorder(keep_nothing)))
     use = use_of(packed, "packed, 2 lanes", 4)
     assert (use.engine, use.trials, use.lanes, use.halvings) == ("packed, 2 lanes", 4, 2, 0)
     assert use.lane_steps == 4 * (1 + 2 + 1 + 2)  # 30 rows in batches of 8

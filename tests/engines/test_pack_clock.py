@@ -64,6 +64,9 @@ class Sweep:
     def stepped(self, report: StepReport) -> None:
         pass
 
+    def shrank(self, lanes: int, why: str) -> None:
+        raise AssertionError(f"{why}: {lanes} lanes; no clock was meant to be held to that")
+
     def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
         self._log("evaluated", evaluation.trial, evaluation.epoch)
         return Verdict(True, True)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from architectures import PACKED
 from numpy.typing import NDArray
+from recorder import Recorder, keep_nothing
 
 from lorasweep.core.corpora import EncodedSplit
-from lorasweep.core.outcomes import EpochEvaluation, StepReport, TrialFacts, TrialState, Verdict
+from lorasweep.core.outcomes import TrialState
 from lorasweep.core.plans import AdapterPlan, EngineSettings, TrialPlan
 from lorasweep.core.protocols import Engine
 from lorasweep.engines.packed import PackedEngine
@@ -28,23 +29,8 @@ SETTINGS = EngineSettings(precision="fp32", device=DEVICE, log_every=1, eval_bat
 T_95 = 1.895  # Student's t, 7 degrees of freedom, one-sided 5 %
 
 
-@dataclass
-class Recorder:
-    losses: dict[int, list[float]] = field(default_factory=dict)
-    logits: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)
-
-    def started(self, trial: int, facts: TrialFacts) -> None: ...
-
-    def stepped(self, report: StepReport) -> None:
-        self.losses.setdefault(report.trial, []).append(report.loss)
-
-    def evaluated(self, evaluation: EpochEvaluation) -> Verdict:
-        self.logits.setdefault(evaluation.trial, []).append(evaluation.logits)
-        return Verdict(keep=False, go_on=True)
-
-
 def run(engine: Engine, plans: Sequence[TrialPlan]) -> Recorder:
-    recorder = Recorder()
+    recorder = Recorder(keep_nothing)
     outcomes = list(engine.run(plans, recorder))
     assert [outcome.state for outcome in outcomes] == [TrialState.COMPLETED] * len(plans)
     return recorder
@@ -86,9 +72,23 @@ def few(splits: tuple[EncodedSplit, EncodedSplit]) -> tuple[EncodedSplit, Encode
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("of", ["adapters", "base"])
-def test_with_dropout_the_mean_over_seeds_is_the_trainers(of, precision, open_tiny, few, seeds):
+@pytest.mark.parametrize(
+    ("architecture", "of", "precision"),
+    [
+        ("bert", "adapters", "fp32"),
+        ("bert", "adapters", "bf16"),
+        ("bert", "base", "fp32"),
+        ("bert", "base", "bf16"),
+        ("distilbert", "adapters", "fp32"),
+        ("distilbert", "base", "fp32"),
+        ("deberta-v2", "adapters", "fp32"),
+        ("deberta-v2", "base", "fp32"),
+        ("modernbert", "adapters", "fp32"),
+    ],
+)
+def test_with_dropout_the_mean_over_seeds_is_the_trainers(
+    architecture, of, precision, open_tiny, few, seeds
+):
     """Pairs share head, adapter and order of rows; only the masks differ.
 
     The margin is a third of what dropout does to the loss at all, and the same test on a pack
@@ -98,14 +98,14 @@ def test_with_dropout_the_mean_over_seeds_is_the_trainers(of, precision, open_ti
     rate, base_rate = (0.5, 0.0) if of == "adapters" else (0.0, 0.1)
 
     def pack(rate: float, base_rate: float) -> NDArray[np.float64]:
-        base = open_tiny("bert", base_dropout=base_rate)
+        base = open_tiny(architecture, base_dropout=base_rate)
         return mean_losses(PackedEngine(base, *few, settings, 8), seeds(rate))
 
-    base = open_tiny("bert", base_dropout=base_rate)
+    base = open_tiny(architecture, base_dropout=base_rate)
     expected = mean_losses(TrainerEngine(base, *few, settings), seeds(rate))
     without = pack(0.0, 0.0) - expected
     margin = -without.mean() / 3
-    assert margin > 0.05
+    assert margin > 0.03  # or there would be nothing to agree on
     differences = pack(rate, base_rate) - expected
     assert (differences != 0).all()
     assert is_equivalent(differences, margin)

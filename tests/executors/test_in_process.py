@@ -14,6 +14,7 @@ from lorasweep import load_spec
 from lorasweep.core.errors import ConflictError, ModelError, StorageError
 from lorasweep.core.paths import sweep_paths
 from lorasweep.core.plans import AdapterPlan, LargestTrial
+from lorasweep.engines import packed
 from lorasweep.engines.packed import PackedEngine
 from lorasweep.engines.trainer import TrainerEngine
 from lorasweep.executors import in_process
@@ -217,6 +218,40 @@ def test_auto_lanes_keep_to_that(small_sweep, choose_on):
     engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))  # auto is the default
     assert type(engine) is PackedEngine
     assert why.startswith("packed, 2 lanes, about ")
+
+
+@pytest.mark.parametrize("asked", ["auto", "packed"])
+def test_auto_does_not_pack_where_memory_has_room_for_one_lane(
+    small_sweep, choose_on, monkeypatch, asked
+):
+    choose_on("cpu")
+    monkeypatch.setattr(packed, "free_bytes", lambda device: 10_000)
+    engine, why = choose_engine(prepared(small_sweep, "search.trials=6", f"engine={asked}"))
+    if asked == "auto":
+        assert (type(engine), why) == (
+            TrainerEngine,
+            "trainer (there is memory for one lane only)",
+        )
+    else:
+        assert type(engine) is PackedEngine
+        assert why.startswith("packed, 1 lane")
+
+
+def test_auto_trains_one_by_one_where_memory_runs_out_while_a_pack_is_built(
+    small_sweep, choose_on, monkeypatch
+):
+    def full(self, *args):
+        raise MemoryError
+
+    choose_on("cpu")
+    monkeypatch.setattr(packed.PackedModel, "__init__", full)
+    engine, why = choose_engine(prepared(small_sweep, "search.trials=6"))
+    assert (type(engine), why) == (
+        TrainerEngine,
+        "trainer (memory ran out while the packed engine was built)",
+    )
+    with pytest.raises(MemoryError):
+        choose_engine(prepared(small_sweep, "engine=packed"))
 
 
 def test_the_spec_may_ask_for_a_pack_of_one(small_sweep):

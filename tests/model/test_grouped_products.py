@@ -95,14 +95,15 @@ def test_a_grouped_kernel_that_fails_its_proof_is_not_used(kernel, said, monkeyp
     assert "\n" not in record.getMessage()
 
 
-def test_lack_of_memory_during_the_proof_is_no_verdict(monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_lack_of_memory_or_a_dead_device_during_the_proof_is_no_verdict(kind, monkeypatch):
     def full(*_: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("CUDA error: something")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with monkeypatch.context() as patch:
         patch.setattr(grouped_products, "F", SimpleNamespace(grouped_mm=full))
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(kind):
             grouped_products._proven_on(CPU, torch.bfloat16)
     assert grouped_products._proven_on(CPU, torch.bfloat16)
 

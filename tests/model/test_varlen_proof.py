@@ -13,10 +13,10 @@ from varlen_kernel import (
     CPU,
     LENGTHS,
     DefaultScale,
+    FailsAtFirst,
     IgnoresKeyRows,
     KeyWithoutGradient,
     NeighbourLeaks,
-    NoMemoryAtFirst,
     NotANumber,
     NoWindow,
     OldArguments,
@@ -101,9 +101,10 @@ def test_a_kernel_that_fails_the_proof_is_not_used(use_kernel, caplog, kernel, w
     assert "\n" not in message
 
 
-def test_lack_of_memory_during_the_proof_is_no_verdict(use_kernel):
-    use_kernel(NoMemoryAtFirst())
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_lack_of_memory_or_a_dead_device_during_the_proof_is_no_verdict(use_kernel, kind):
+    use_kernel(FailsAtFirst(kind("CUDA error: something")))
+    with pytest.raises(kind):
         proven_options(*BFLOAT16_BY_THE_KERNEL, None)
     assert proven_options(*BFLOAT16_BY_THE_KERNEL, None) == {"num_splits": 1}
 

@@ -71,9 +71,10 @@ def test_a_full_disk_is_said_and_costs_no_older_line(tmp_path, monkeypatch):
 
 def test_people_are_told_what_a_pack_did():
     assert sentence(PACKED) == (
-        "The pack trained 3.0 trials at a time; 75% of its places were busy while trials remained; "
-        "90% of the tokens computed were real; 88% of the time went into steps; one more lane "
-        "would take about 143 MiB; memory ran out and the lanes were halved, 1 ×."
+        "The pack trained 3.0 trials at a time; 75% of the places that there was a "
+        "trial for were busy; 90% of the tokens computed were real; 88% of the time went into "
+        "steps; one more lane would take about 143 MiB; memory ran out and the lanes were halved, "
+        "1 ×."
     )
     assert sentence(TRAINER) == ""
 

@@ -54,7 +54,7 @@ class EngineUse:
 
     @property
     def busy_share(self) -> float | None:
-        """Share of the places that had a trial, of those that one was left for; 0 to 1."""
+        """Share of the places that had a trial, of those that a trial was there for; 0 to 1."""
         if not self.lane_steps or self.empty_places is None:
             return None
         return self.lane_steps / (self.lane_steps + self.empty_places)

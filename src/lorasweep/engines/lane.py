@@ -97,7 +97,7 @@ class Lane:
             self.end(
                 TrialState.FAILED,
                 f"the training loss became {loss} at step {step} "
-                f"of {progress.steps}; a lower learning rate may hold it",
+                f"of {progress.steps}; a lower learning rate may help",
             )
             return None
         self.losses.append(loss)

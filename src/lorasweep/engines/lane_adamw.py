@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorasweep.model.lane_weights import LaneWeights
-from lorasweep.model.torch_errors import first_line, is_of_the_compiler
+from lorasweep.model.torch_errors import first_line, is_of_the_compiler, is_of_the_device
 from lorasweep.model.transfer import on_device
 
 _log = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def proven(make: Callable[[], Arithmetic], device: torch.device) -> Arithmetic:
                 fused(*inputs)
                 torch.testing.assert_close(inputs, expected, rtol=1e-5, atol=1e-6)
     except Exception as error:
+        if is_of_the_device(error):
+            raise  # whatever is done there from now on fails, and this is why
         _log.warning(_PLAIN, first_line(error))
         return adamw
     return fused

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 # Part of every fingerprint. Another number for a change of the file, and for any change of
 # the engine after which the same plan trains otherwise (masks, order, arithmetic).
-_FORMAT = 5
+_FORMAT = 6
 _SHARE = 0.005  # of the time may go into writing all lanes every so often
 
 

@@ -38,7 +38,8 @@ from lorasweep.model.precision import pick_device, resolve
 
 _log = logging.getLogger(__name__)
 
-# More lanes than these don't make a step cheaper per trial: the products are large enough.
+# More lanes than these don't make a step cheaper per trial: the products are large enough. For
+# CUDA it is a guess (docs/decisions/0010).
 _MOST_LANES = {"cpu": 16, "cuda": 32}
 
 

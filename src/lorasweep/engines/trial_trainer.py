@@ -130,7 +130,7 @@ class TrialTrainer(Trainer):
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"the training loss became {loss.item()} at step {self.state.global_step + 1} "
-                f"of {self.state.max_steps}; a lower learning rate may hold it"
+                f"of {self.state.max_steps}; a lower learning rate may help"
             )
         return loss
 

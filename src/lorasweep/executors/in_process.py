@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from lorasweep.model.checkpoint import storing
 from lorasweep.model.heap import give_freed_memory_back
 from lorasweep.model.packed_check import PROVEN
 from lorasweep.model.precision import pick_device
+from lorasweep.model.torch_errors import is_out_of_memory
 from lorasweep.search.study import Study
 from lorasweep.spec.resolve import engine_settings
 from lorasweep.spec.schema import Spec
@@ -135,17 +136,32 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
     most = useful_lanes(spec)
     if spec.engine == "auto" and (why := _why_not_packed(spec, most, settings.device)):
         return TrainerEngine(*parts), f"trainer ({why})"
-    try:
-        packed = PackedEngine(*parts, lanes=spec.lanes, most=most)
-        if spec.engine == "auto" and (kind := prepared.base.architecture) not in PROVEN:
-            why = f"the packed engine has not been proven with {kind} yet; engine: packed tries it"
-            del packed  # its model takes memory
-            return TrainerEngine(*parts), f"trainer ({why})"
+
+    def pack() -> PackedEngine:
+        return PackedEngine(*parts, lanes=spec.lanes, most=most)
+
+    packed = pack() if spec.engine == "packed" else _packed_or_why_not(pack, prepared)
+    if isinstance(packed, PackedEngine):
         return packed, _pack_in_words(packed)
+    give_freed_memory_back()  # what a pack that isn't used had taken
+    return TrainerEngine(*parts), f"trainer ({packed})"
+
+
+def _packed_or_why_not(pack: Callable[[], PackedEngine], prepared: Prepared) -> PackedEngine | str:
+    """Build a pack for ``auto``; or, where that can't be or is no use, why."""
+    try:
+        packed = pack()
+        if (kind := prepared.base.architecture) not in PROVEN:
+            return f"the packed engine has not been proven with {kind} yet; engine: packed tries it"
+        if packed.capacity == 1:
+            return "there is memory for one lane only"
+        return packed
     except ModelError as error:
-        if spec.engine == "packed":
+        return error.problems[0].what
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        return TrainerEngine(*parts), f"trainer ({error.problems[0].what})"
+        return "memory ran out while the packed engine was built"
 
 
 def _pack_in_words(packed: PackedEngine) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasweep.model.kernels import kernels_for
 from lorasweep.model.lane_spans import LaneSpans
 from lorasweep.model.packed_dropout import Mask
-from lorasweep.model.torch_errors import first_line, is_out_of_memory
+from lorasweep.model.torch_errors import first_line, is_of_the_device, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _proven_on(device: torch.device, dtype: torch.dtype) -> bool:
             warnings.simplefilter("ignore")  # where they are errors, one is no refusal
             why = grouped_differs(device, dtype)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_of_the_device(error):
             raise  # it says nothing about the kernel, and must not be remembered
         why = first_line(error)
     if why:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorasweep.model.row_attention import RowAttention
 from lorasweep.model.row_buckets import make_buckets
-from lorasweep.model.torch_errors import first_line, is_out_of_memory
+from lorasweep.model.torch_errors import first_line, is_of_the_device, is_out_of_memory
 from lorasweep.model.varlen_attention import varlen_attention
 
 _log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _tried(
         except _DiffersError as error:
             why = str(error)
         except Exception as error:  # a build may lack it in ways that nobody can foresee
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_of_the_device(error):
                 raise  # it says nothing about the kernel, and must not be remembered
             why = why or first_line(error)
         else:

@@ -21,7 +21,8 @@ class ModelSpec(Frozen):
         revision: Hub commit, tag or branch; None for the default branch.
         max_length: Tokens a text may have; the rest of a longer one is cut off.
         base_dropout: Dropout inside the base while training; None keeps what the model's
-            own configuration says, 0 switches it off. The same for every engine.
+            own configuration says, 0 switches it off. The same for every engine, but that a pack
+            rounds it to a whole 1/256, and up to 1/256 where it is less but not 0.
     """
 
     name: str = "embedded/minilm"

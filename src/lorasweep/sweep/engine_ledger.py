@@ -84,8 +84,8 @@ def sentence(use: EngineUse) -> str:
     if at_once is None or busy is None or real is None:
         return ""
     told = (
-        f"The pack trained {at_once:.1f} trials at a time; {busy:.0%} of its places were busy "
-        f"while trials remained; {real:.0%} of the tokens computed were real"
+        f"The pack trained {at_once:.1f} trials at a time; {busy:.0%} of the places that "
+        f"there was a trial for were busy; {real:.0%} of the tokens computed were real"
     )
     if stepping is not None:
         told += f"; {stepping:.0%} of the time went into steps"
