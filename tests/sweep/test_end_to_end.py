@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lorasweep import load_report, load_spec, report_sweep, run_sweep
+from lorasweep import export_sweep, load_report, load_spec, report_sweep, run_sweep
 from lorasweep.core.outcomes import TrialState
 from lorasweep.core.paths import SweepPaths, sweep_paths
 from lorasweep.sweep.events import TrialEnded, TrialEvaluated, TrialStarted, Warned
@@ -137,6 +137,16 @@ def test_a_report_elsewhere_takes_no_file_of_the_users_along(small_sweep, tmp_pa
     there = {path.name for path in out.iterdir()}
     assert {item.path for item in logged} == {f"report/{name}" for name in there - {"diary.txt"}}
     assert "index.html" in there
+
+
+def test_from_python_folders_may_be_given_as_text(small_sweep, tmp_path):
+    spec, one = str(small_sweep), ["search.trials=1"]
+    run_sweep(spec, one, report=False)
+    report = report_sweep(spec, one, out=str(tmp_path / "here"))
+    assert report.page == tmp_path / "here/index.html"
+    assert load_report(str(tmp_path / "here")) == load_report(report.results)
+    assert export_sweep(spec, str(tmp_path / "model"), one) == tmp_path / "model"
+    assert (tmp_path / "model/config.json").is_file()
 
 
 def test_the_stores_password_is_written_nowhere(small_sweep, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -143,7 +144,8 @@ def choose_engine(prepared: Prepared) -> tuple[Engine, str]:
     packed = pack() if spec.engine == "packed" else _packed_or_why_not(pack, prepared)
     if isinstance(packed, PackedEngine):
         return packed, _pack_in_words(packed)
-    give_freed_memory_back()  # what a pack that isn't used had taken
+    gc.collect()  # a pack's modules refer to one another
+    give_freed_memory_back()  # what one that isn't used had taken
     return TrainerEngine(*parts), f"trainer ({packed})"
 
 

@@ -18,9 +18,9 @@ def keep_freed_memory() -> None:
 
     A training step on a CPU frees some hundred megabytes and asks for them again at once.
     By default glibc returns them, and the kernel clears every page anew
-    (docs/performance.md says what that took). The process keeps its largest step's memory instead:
-    tensors in :mod:`lorasweep.model.step_memory`; what else is allocated, and tensors where
-    that isn't there, in glibc's heap.
+    (docs/performance-history.md says what that took). The process keeps its largest step's
+    memory instead: tensors in :mod:`lorasweep.model.step_memory`; what else is allocated, and
+    tensors where that isn't there, in glibc's heap.
     """
     step_memory()
     if (libc := _glibc()) is None:

@@ -246,8 +246,8 @@ def filled_up(lane_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 
     Sizes that come back are worth more than the few tokens: oneDNN compiles a product anew for
     each size that it hasn't seen lately, and buffers of ever new sizes fragment glibc's heap,
-    where that serves, until each step asks the kernel for fresh pages (docs/performance.md says
-    what that took).
+    where that serves, until each step asks the kernel for fresh pages (docs/performance-history.md
+    says what that took).
 
     Args:
         lane_tokens: Tokens of each lane, ``(lanes,)``.
