@@ -10,17 +10,15 @@ scores those of a base that knows nothing. `engine: auto` packs these; is it fas
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from packed_contender import packed, trainer_engine
 from scores import summary
-from turns import Contender, command_line, parse, run
-from workload import MINILM, Work, add_work, work_of
+from turns import Contender, command_line, parse
+from workload import MINILM, Work, add_work, run_on_made
 
 _SHAPE = {
     "hidden_size": 384,
@@ -101,23 +99,10 @@ def main() -> None:
     parser = command_line(__doc__, CONTENDERS, chosen)
     add_work(parser, trials=8, epochs=(1,))
     parser.set_defaults(train_rows=240, validation_rows=120)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parse(parser, CONTENDERS)
-    work = work_of(arguments, model=arguments.model or "")
-    described = {"model": "MiniLM's shape, random weights", **work.described()}
-    with tempfile.TemporaryDirectory(prefix="lorasweep-") as folder:
-        also = ()
-        if not arguments.measure:
-            make_models(Path(folder))
-            also = ("--model", folder)
-        run(
-            arguments,
-            CONTENDERS,
-            work,
-            functools.partial(summary, contenders=CONTENDERS),
-            described=described,
-            also=also,
-        )
+    summarise = functools.partial(summary, contenders=CONTENDERS)
+    model = "MiniLM's shape, random weights"
+    run_on_made(make_models, arguments, CONTENDERS, summarise, model=model)
 
 
 if __name__ == "__main__":

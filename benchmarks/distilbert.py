@@ -9,14 +9,13 @@ are those of a base that knows nothing.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+import functools
 from pathlib import Path
 
 from makespan import CONTENDERS
 from scores import summary
-from turns import command_line, parse, run
-from workload import MINILM, add_work, work_of
+from turns import command_line, parse
+from workload import MINILM, add_work, run_on_made
 
 
 def make_model(folder: Path) -> None:
@@ -44,23 +43,10 @@ def main() -> None:
     parser = command_line(__doc__, CONTENDERS, ("packed", "tuned", "as shipped"))
     add_work(parser, trials=8, epochs=(1,))
     parser.set_defaults(train_rows=640, validation_rows=200)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parse(parser, CONTENDERS)
-    work = work_of(arguments, model=arguments.model or "")
-    described = {"model": "DistilBERT's shape, random weights", **work.described()}
-    with tempfile.TemporaryDirectory(prefix="lorasweep-") as folder:
-        also = ()
-        if not arguments.measure:
-            make_model(Path(folder))
-            also = ("--model", folder)
-        run(
-            arguments,
-            CONTENDERS,
-            work,
-            lambda taken: summary(taken, CONTENDERS),
-            described=described,
-            also=also,
-        )
+    summarise = functools.partial(summary, contenders=CONTENDERS)
+    model = "DistilBERT's shape, random weights"
+    run_on_made(make_model, arguments, CONTENDERS, summarise, model=model)
 
 
 if __name__ == "__main__":

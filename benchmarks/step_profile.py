@@ -9,7 +9,6 @@ compiles, don't count. Loops compiled from C appear as the operation that calls 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import statistics
@@ -19,8 +18,8 @@ from typing import Any
 
 from distilbert import make_model
 from packed_contender import BestScores, opened
-from turns import Contender, Results, columns, command_line, parse, run
-from workload import BATCH_SIZE, EVAL_BATCH_SIZE, MINILM, Work, add_work, work_of
+from turns import Contender, Results, columns, command_line, parse
+from workload import BATCH_SIZE, EVAL_BATCH_SIZE, MINILM, Work, add_work, run_on_made
 
 from lorasweep.core.outcomes import StepReport
 from lorasweep.core.plans import EngineSettings
@@ -138,16 +137,10 @@ def main() -> None:
     parser = command_line(__doc__, CONTENDERS, tuple(CONTENDERS))
     add_work(parser, epochs=(1,))
     parser.set_defaults(train_rows=32 * BATCH_SIZE, validation_rows=64, lanes=16)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parse(parser, CONTENDERS)
     arguments.trials = 16 if arguments.lanes == "auto" else arguments.lanes  # all at once
-    work = work_of(arguments, model=arguments.model or "")
-    with tempfile.TemporaryDirectory(prefix="lorasweep-") as folder:
-        also = ()
-        if not arguments.measure:
-            make_model(Path(folder))
-            also = ("--model", folder)
-        run(arguments, CONTENDERS, work, summary, described=work.described(), also=also)
+    model = "embedded/minilm and DistilBERT's shape, random weights"
+    run_on_made(make_model, arguments, CONTENDERS, summary, model=model)
 
 
 if __name__ == "__main__":

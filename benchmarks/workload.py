@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def add_work(
         help="sst2: whole sentences; imdb: reviews, nearly all of them cut at 128 tokens",
     )
     parser.add_argument("--lanes", type=_lanes, default="auto", help="of the packed engine")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
 
 
 def work_of(arguments: argparse.Namespace, **more: Any) -> Work:
@@ -168,6 +170,33 @@ def time_trials(
     work = work_of(arguments)
     described = {"model": work.model, **work.described()}
     run(arguments, contenders, work, summarise, described=described)
+
+
+def run_on_made(
+    make: Callable[[Path], None],
+    arguments: argparse.Namespace,
+    contenders: Mapping[str, Contender],
+    summarise: Summary,
+    *,
+    model: str,
+) -> None:
+    """Let the contenders work on a base that is made first, once.
+
+    Args:
+        make: Writes it, or several, into a folder; whoever measures finds that as the work's model.
+        arguments: From a parser that went through :func:`add_work`.
+        contenders: By name.
+        summarise: As :func:`turns.run` takes it.
+        model: What it is, in the results.
+    """
+    work = work_of(arguments, model=arguments.model or "")
+    described = {"model": model, **work.described()}
+    with tempfile.TemporaryDirectory(prefix="lorasweep-") as folder:
+        also: tuple[str, ...] = ()
+        if not arguments.measure:
+            make(Path(folder))
+            also = ("--model", folder)
+        run(arguments, contenders, work, summarise, described=described, also=also)
 
 
 def read(work: Work) -> tuple[TextSplit, TextSplit]:
