@@ -97,7 +97,7 @@ def make_models(folder: Path) -> None:
 def main() -> None:
     chosen = tuple(name for name in CONTENDERS if name.endswith("bf16"))
     parser = command_line(__doc__, CONTENDERS, chosen)
-    add_work(parser, trials=8, epochs=(1,))
+    add_work(parser, trials=8, epochs=(1,), made=True)
     parser.set_defaults(train_rows=240, validation_rows=120)
     arguments = parse(parser, CONTENDERS)
     summarise = functools.partial(summary, contenders=CONTENDERS)

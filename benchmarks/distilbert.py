@@ -41,7 +41,7 @@ def make_model(folder: Path) -> None:
 
 def main() -> None:
     parser = command_line(__doc__, CONTENDERS, ("packed", "tuned", "as shipped"))
-    add_work(parser, trials=8, epochs=(1,))
+    add_work(parser, trials=8, epochs=(1,), made=True)
     parser.set_defaults(train_rows=640, validation_rows=200)
     arguments = parse(parser, CONTENDERS)
     summarise = functools.partial(summary, contenders=CONTENDERS)

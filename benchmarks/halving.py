@@ -88,26 +88,33 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
         "times_as_long_to_target_as": {first: {}},
         "times_as_long_in_all_as": {first: whole},
     }
-    first_never = sum(found is None for found in times[first].values())
-    bounds = {(False, False): "", (True, False): "> ", (False, True): "< ", (True, True): "~ "}
+    signs = {(False, False): "", (True, False): "> ", (False, True): "< ", (True, True): "~ "}
     head = ["contender", "runs", "best F1", "mean best F1 of trials"]
     rows = [[*head, "s to target", "× as long", "s in all", "× as long"]]
     for name, runs in taken.items():
-        # Who never reached it took longer than all its time. Where it is the first contender that
-        # never did, the ratio is at most this; where it is the other, at least. Where neither did,
-        # there is none.
+        # Who never reached it would have taken longer than all its time: where that is the first
+        # contender, the ratio is at most this; where it is the other, at least. Where neither
+        # did, there is none.
         both = [
-            (times[name][turn] or run["seconds"]) / (times[first][turn] or whole_of_first[turn])
+            (
+                (own or run["seconds"]) / (base or whole_of_first[turn]),
+                own is None,
+                base is None,
+            )
             for run in runs
             if (turn := run["turn"]) in times[first]
-            and (times[name][turn] is not None or times[first][turn] is not None)
+            and ((own := times[name][turn]), (base := times[first][turn])) != (None, None)
         ]
         never = sum(found is None for found in times[name].values())
-        ratio = statistics.median(both) if both else None
+        ratio = statistics.median(one for one, _, _ in both) if both else None
+        at_least, at_most = sum(bound for _, bound, _ in both), sum(bound for *_, bound in both)
+        if name == first:
+            ratio, at_least, at_most = 1.0, 0, 0
         report["times_as_long_to_target_as"][first][name] = {
             "ratio": ratio,
             "never": never,
-            "first_never": first_never,
+            "at_least": at_least,
+            "at_most": at_most,
         }
         mean, error, trials = report["mean_best_f1"][name].values()
         known = [found for found in times[name].values() if found is not None]
@@ -119,13 +126,14 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
                 f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "") + f" ({trials})",
                 (f"{statistics.median(known):.1f}" if known else "–")
                 + (f" (never in {never})" if never else ""),
-                bounds[bool(never), bool(first_never)] + f"{ratio:.2f}" if ratio else "–",
+                signs[bool(at_least), bool(at_most)] + f"{ratio:.2f}" if ratio else "–",
                 f"{statistics.median(run['seconds'] for run in runs):.1f}",
                 f"{whole[name]:.2f}" if name in whole else "–",
             ]
         )
     goals = ", ".join(f"{target:.4f}" for target in targets.values())
-    return report, f"{columns(rows)}\nTarget F1, turn by turn: {goals}."
+    legend = "× to target: > in some turn at least, < at most, ~ both, where one never got there."
+    return report, f"{columns(rows)}\n{legend}\nTarget F1, turn by turn: {goals}."
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Where the time of a pack's step goes, operation by operation, as torch's profiler sees it.
 
 python benchmarks/step_profile.py                             # MiniLM and DistilBERT's shape
-python benchmarks/step_profile.py "minilm" --lanes 4 --repeats 1
+python benchmarks/step_profile.py "minilm" --lanes 4 --repeats 1     # as many trials as lanes
 
 Whole passes, so that all of a step happens in one thread's sight; the first steps, in which oneDNN
-compiles, don't count. Loops compiled from C appear as the operation that calls them.
+compiles, don't count. Loops compiled from C appear as the operation that calls them, AdamW's
+additions among the others.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class ProfiledSteps(BestScores):
         self.found: dict[str, float] = {}
         self._reports = 0
         self._profile: Any = None
+
+    def shrank(self, lanes: int, why: str) -> None:
+        """Steps could no longer be told from one another."""
+        raise RuntimeError(f"{why}: {lanes} lanes; too few to profile {self.lanes}")
 
     def stepped(self, report: StepReport) -> None:
         """Called for each lane at the end of each step."""
@@ -135,9 +140,11 @@ def summary(taken: Results) -> tuple[dict[str, Any], str]:
 
 def main() -> None:
     parser = command_line(__doc__, CONTENDERS, tuple(CONTENDERS))
-    add_work(parser, epochs=(1,))
+    add_work(parser, epochs=(1,), made=True)
     parser.set_defaults(train_rows=32 * BATCH_SIZE, validation_rows=64, lanes=16)
     arguments = parse(parser, CONTENDERS)
+    if len(arguments.epochs) > 1:
+        parser.error("--epochs: one number, or lanes would end at steps of their own")
     arguments.trials = 16 if arguments.lanes == "auto" else arguments.lanes  # all at once
     model = "embedded/minilm and DistilBERT's shape, random weights"
     run_on_made(make_model, arguments, CONTENDERS, summary, model=model)

@@ -107,9 +107,19 @@ class Work:
 
 
 def add_work(
-    parser: argparse.ArgumentParser, *, trials: int = 16, epochs: tuple[int, ...] = (2,)
+    parser: argparse.ArgumentParser,
+    *,
+    trials: int = 16,
+    epochs: tuple[int, ...] = (2,),
+    made: bool = False,
 ) -> None:
-    """Add the flags that cut the work to size."""
+    """Add the flags that cut the work to size.
+
+    Args:
+        parser: Where to.
+        trials, epochs: Of the work, where the command line doesn't say.
+        made: The base is made for the run: see :func:`run_on_made`.
+    """
     parser.add_argument("--trials", type=_positive, default=trials, help="(%(default)s)")
     parser.add_argument(
         "--epochs",
@@ -128,7 +138,8 @@ def add_work(
         help="sst2: whole sentences; imdb: reviews, nearly all of them cut at 128 tokens",
     )
     parser.add_argument("--lanes", type=_lanes, default="auto", help="of the packed engine")
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    if made:
+        parser.add_argument("--model", help=argparse.SUPPRESS)
 
 
 def work_of(arguments: argparse.Namespace, **more: Any) -> Work:
@@ -184,12 +195,14 @@ def run_on_made(
 
     Args:
         make: Writes it, or several, into a folder; whoever measures finds that as the work's model.
-        arguments: From a parser that went through :func:`add_work`.
+        arguments: From a parser that went through :func:`add_work`, with ``made``.
         contenders: By name.
         summarise: As :func:`turns.run` takes it.
         model: What it is, in the results.
     """
     work = work_of(arguments, model=arguments.model or "")
+    if arguments.model and not arguments.measure:
+        raise SystemExit("--model is for the measuring processes: the base is made here")
     described = {"model": model, **work.described()}
     with tempfile.TemporaryDirectory(prefix="lorasweep-") as folder:
         also: tuple[str, ...] = ()

@@ -11,11 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorasweep.api import export_sweep, report_sweep, run_sweep
+    from lorasweep.api import SweepReport, export_sweep, report_sweep, run_sweep
     from lorasweep.core.errors import InputError, LoraSweepError, NothingToReportError
     from lorasweep.deploy.predict import SentimentAnalyzer
     from lorasweep.report.json_report import load_report
     from lorasweep.spec.loader import load_spec
+    from lorasweep.spec.schema import Spec
+    from lorasweep.sweep.worker import SweepResult
 
 _HOMES = {
     "InputError": "lorasweep.core.errors",

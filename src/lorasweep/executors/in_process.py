@@ -100,8 +100,7 @@ def train(sweep: OpenSweep, listener: Listener = nobody) -> SweepResult:
         with suppress(StorageError):
             keep_use()
         raise
-    if isinstance(engine, PackedEngine):
-        give_freed_memory_back()  # no step is to come that would want it
+    give_freed_memory_back()  # no step is to come that would want it
     use = keep_use()
     if use.trials:
         sweep.tracker.log_metrics(result.run_id, engine_ledger.metrics(use), step=0)
@@ -155,8 +154,6 @@ def _packed_or_why_not(pack: Callable[[], PackedEngine], prepared: Prepared) -> 
         packed = pack()
         if (kind := prepared.base.architecture) not in PROVEN:
             return f"the packed engine has not been proven with {kind} yet; engine: packed tries it"
-        if packed.capacity == 1:
-            return "there is memory for one lane only"
         return packed
     except ModelError as error:
         return error.problems[0].what

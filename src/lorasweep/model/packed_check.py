@@ -21,6 +21,7 @@ from lorasweep.model.base import Base, FreshClassifier
 from lorasweep.model.lane_weights import Block
 from lorasweep.model.packed_batch import LaneRows, lay_out
 from lorasweep.model.scoring import predict_logits
+from lorasweep.model.torch_errors import is_of_the_device, is_out_of_memory
 
 if TYPE_CHECKING:
     from lorasweep.model.packed_lora import PackedModel
@@ -104,6 +105,8 @@ def refusing(base: Base) -> Iterator[None]:
     except ModelError:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error) or is_of_the_device(error):
+            raise  # it says nothing about the base
         raise refused(base, f"{type(error).__name__}: {error}") from error
 
 
